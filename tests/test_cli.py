@@ -1,0 +1,123 @@
+"""The command line: bad input ends with one line and status 2, before anything is written."""
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from conftest import SMALL, finish, flags, launch
+
+
+def ends_with_one_line(script, arguments, capsys):
+    """Runs main, expects status 2 and a single line on stderr, and returns that line."""
+    with pytest.raises(SystemExit) as caught:
+        script.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("note: "))
+    assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith(f"{script.SCRIPT}: "), err
+    return err
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--learning_rate", "1"], "unknown argument --learning_rate"),
+    (["--epoch", "1"], "did you mean --epochs?"),
+    (["words"], "unknown argument words"),
+    (["--dataset", "mnist"], "--dataset mnist: unknown; there are glyphs, "),
+    (["--dataset", "cifar10", "--batch", "many"], "--batch: invalid int value: 'many'"),
+    (["--batch", "0"], "--batch 0: must lie between 1 and"),
+    (["--batch"], "--batch: expected one argument"),
+    (["--lr", "nan"], "--lr nan: must lie between"),
+    (["--lr", "-1"], "--lr -1.0: must lie between"),
+    (["--ema", "1"], "--ema 1.0: must lie between"),
+    (["--seed", "-1"], "--seed -1: must lie between"),
+    (["--dropout", "1"], "--dropout 1.0: must lie between"),
+    (["--nfe", "2000"], "--nfe 2000: must lie between 1 and 1000"),
+    (["--t_probe", "0"], "--t_probe 0"),
+    (["--self_cond", "maybe"], "--self_cond maybe: must be one of cls, none"),
+    (["--backbone", "resnet"], "--backbone resnet: must be one of uvit_"),
+    (["--layer", "out_9"], "--layer out_9: must be one of out_1, "),
+    (["--self_cond", "none", "--layer", "cls_1"], "--layer cls_1: must be one of out_1, "),
+    (["--patch", "5"], "--patch 5: must be one of 1, 2, 4, 8, 16"),
+    (["--device", "tpu"], "--device tpu: must be one of auto"),
+    (["--device", "cuda"], "--device cuda: this machine has none; use --device cpu"),
+    (["--amp", "int8"], "--amp int8: must be one of auto, off"),
+    (["--batch", "10", "--accum", "4"], "--batch 10 does not divide by 1 processes x --accum 4; use 12"),
+    (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--resume"], "last.pt: no such file"),
+    (["--n", "4"], "--n goes with --sample"),
+    (["--sample", "nowhere.pt"], "nowhere.pt: no such file"),
+])
+def test_bad_input(arguments, says, capsys, tmp_path, monkeypatch):
+    import uvit_sc
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    assert says in ends_with_one_line(uvit_sc, arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_checkpoints(small, capsys, tmp_path):
+    """Files that are no checkpoint, of another script, or that carry code: refused, the code not run."""
+    import uvit_sc
+    cfg = uvit_sc.make_config(**small)
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"script": "edm_sc", "ema": {}}, tmp_path / "other.pt")
+    torch.save({"script": "uvit_sc", "ema": {}, "config": dataclasses.asdict(cfg)}, tmp_path / "good.pt")
+
+    class Code:
+        def __reduce__(self):
+            return (tmp_path / "harm").touch, ()
+    torch.save(Code(), tmp_path / "code.pt")
+    for name, says in (("text.pt", "damaged or no checkpoint"), ("other.pt", "no checkpoint of uvit_sc"), ("code.pt", "damaged or no")):
+        assert says in ends_with_one_line(uvit_sc, ["--sample", tmp_path / name], capsys)
+    assert not (tmp_path / "harm").exists()
+    assert "--lr does nothing with --sample" in ends_with_one_line(uvit_sc, ["--sample", tmp_path / "good.pt", "--lr", 1], capsys)
+    assert "--n 0: must be at least 1" in ends_with_one_line(uvit_sc, ["--sample", tmp_path / "good.pt", "--n", 0], capsys)
+
+
+def test_missing_data_names_the_remedy(capsys, tmp_path, monkeypatch):
+    import uvit_sc
+    monkeypatch.setattr(uvit_sc, "CIFAR", "")
+    monkeypatch.setattr(uvit_sc, "DOWNLOADS", {"cifar-10-binary.tar.gz": ("0" * 32, "http://127.0.0.1:9/")})
+    line = ends_with_one_line(uvit_sc, ["--dataset", "cifar10", "--data_dir", tmp_path / "data", "--out", tmp_path / "run"], capsys)
+    assert "http://127.0.0.1:9/cifar-10-binary.tar.gz" in line and "--data_dir" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_make_config_lists_what_is_valid(script):
+    with pytest.raises(ValueError, match="glyphs, fashion_mnist, cifar10, cifar100"):
+        script.make_config("mnist")
+    with pytest.raises(ValueError, match="unknown field learning_rate.*weight_decay"):
+        script.make_config(learning_rate=1)
+
+
+def test_every_recipe_is_valid(script):
+    for dataset in script.RECIPES:
+        cfg = script.make_config(dataset)
+        assert cfg == script.make_config(**dataclasses.asdict(cfg))
+
+
+def test_help_has_every_field(script, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for field in dataclasses.fields(script.Config):
+        assert re.search(rf"--{field.name}\b.*\s", text), field.name
+
+
+def test_from_the_shell(cifar, tmp_path):
+    """A real process: status 2 and one line without traceback; under torchrun a batch that does not divide says so once."""
+    status, out, err = finish(launch("uvit_sc", ["--bogus"]))
+    assert status == 2 and err == "uvit_sc: unknown argument --bogus; --help lists all\n" and out == ""
+    status, out, err = finish(launch("uvit_sc", flags({**SMALL, "batch": 9, "data_dir": cifar, "out": tmp_path / "run"}), 2))
+    assert status != 0 and err.count("--batch 9 does not divide by 2 processes") == 1 and "Traceback" not in err.split("torch")[0]
+
+
+def test_resume_flag_takes_the_settings_of_the_run(small, tmp_path, capsys):
+    import uvit_sc
+    assert uvit_sc.main(flags({**small, "steps": 2})) == 0
+    assert uvit_sc.main(["--resume", "--out", small["out"], "--steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "resumed at step 2" in out and f"python probe.py {small['out']}/last.pt" in out
+    assert "other settings: batch" in ends_with_one_line(uvit_sc, ["--resume", "--out", small["out"], "--batch", 16], capsys)

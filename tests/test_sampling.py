@@ -1,0 +1,68 @@
+"""Sampling: image i is a function of seed i alone."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import finish, launch
+
+
+@pytest.fixture
+def net(script):
+    """A net with large random weights, so that images differ and rounding errors would show."""
+    torch.manual_seed(0)
+    net = script.build_net(script.make_config("glyphs", nfe=6)).eval()
+    for p in net.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.05)
+    return net
+
+
+def test_images_do_not_depend_on_the_batch(script, net):
+    seeds = list(range(100, 164))
+    images = script.sample(net, net.cfg, seeds, batch=64)
+    assert images.shape == (64, 3, 16, 16) and images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) == 64
+    for batch in (1, 7):
+        assert torch.equal(script.sample(net, net.cfg, seeds[:20], batch=batch), images[:20]), batch
+    assert torch.equal(script.sample(net, net.cfg, seeds[::-1]), images.flip(0))
+    assert torch.equal(script.sample(net, net.cfg, [seeds[5]])[0], images[5])
+
+
+def test_images_do_not_depend_on_the_processes(script, net, tmp_path):
+    """13 images by one process and by two: the same PNG, pixel by pixel."""
+    import dataclasses
+    grids = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        script.write_checkpoint(folder / "net.pt", script=script.SCRIPT, config=dataclasses.asdict(net.cfg), step=0, ema=net.state_dict())
+        grids.append(launch(script.SCRIPT, ["--sample", folder / "net.pt", "--n", 13, "--seed", 5, "--device", "cpu"], processes))
+    for processes, process in enumerate(grids, 1):
+        status, out, err = finish(process)
+        assert status == 0, err[-2000:]
+        assert re.search(r"net_seeds5-17.png: 13 images from the ema weights", out)
+    one, two = (Image.open(tmp_path / str(processes) / "net_seeds5-17.png") for processes in (1, 2))
+    assert one.size == (8 * 66, 2 * 66) and one.tobytes() == two.tobytes()
+
+
+def test_training_draws_do_not_touch_sampling(script, net):
+    torch.manual_seed(1)
+    images = script.sample(net, net.cfg, [3, 4])
+    torch.manual_seed(2)
+    torch.randn(5)
+    assert torch.equal(images, script.sample(net, net.cfg, [3, 4]))
+
+
+def test_raw_and_averaged_weights(script, net, tmp_path):
+    import dataclasses
+    config = dataclasses.asdict(net.cfg)
+    state = net.state_dict()
+    doubled = {k: 2 * v for k, v in state.items()}
+    script.write_checkpoint(tmp_path / "last.pt", script=script.SCRIPT, config=config, step=0, model=doubled, ema=state)
+    assert torch.equal(script.load_checkpoint(tmp_path / "last.pt")[1].state_dict()["norm.weight"], state["norm.weight"])
+    assert torch.equal(script.load_checkpoint(tmp_path / "last.pt", "model")[1].state_dict()["norm.weight"], doubled["norm.weight"])
+    script.write_checkpoint(tmp_path / "ckpt.pt", script=script.SCRIPT, config=config, step=0, ema=state)
+    with pytest.raises(script.UserError, match="with model weights"):
+        script.load_checkpoint(tmp_path / "ckpt.pt", "model")

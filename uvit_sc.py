@@ -1,0 +1,801 @@
+"""DDAE++ with U-ViT in pixel space, in one file: data, network, training, sampling, features.
+
+Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 2(a) self-conditioning, Tables 2-4 results, Tables 8-11 settings.
+Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here a
+          learned token, [CLS], travels with the patches through every attention layer, gathers what the image is about
+          and tells the patches. The lines are marked [SC]. Cost: one token more, 0.4 % compute.
+Maths     x_t = alpha_t x_0 + sigma_t eps                 Eq. (1); DDPM: alpha_t^2 + sigma_t^2 = 1, t = 1..1000
+          loss = || eps_theta(x_t, t) - eps ||^2          Sec. 3.1
+          sample = Euler's method on Eq. (2) = DDIM       100 network evaluations
+Careful   This self-conditioning hands the network its own *features*. The method of the same name in Analog Bits
+          (Chen et al. 2022) hands it its previous estimate of x_0: something else.
+
+Run       python uvit_sc.py                                                 # glyphs: two CPU cores, 5 minutes
+          torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100         # the paper's setting, 44.3M parameters
+          torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100 --self_cond none        # its baseline
+          python uvit_sc.py --sample runs/.../last.pt --n 64                # a grid of images
+Expect    Table 2 (2000 epochs, 4 GPUs): CIFAR-10 FID 4.13, accuracy 94.30 % (baseline 4.48, 93.67 %);
+          CIFAR-100 FID 7.14, accuracy 72.04 % (baseline 7.35, 70.66 %). README.md: what two CPU cores reach.
+"""
+import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, http.client, inspect, json, math, os
+import re, shutil, signal, sys, tarfile, time, urllib.request, zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+
+# ---- 1. Configuration: Tables 8-11 as data ---------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """Every field is a command-line flag and its comment the help text."""
+    dataset: str = "glyphs"      # glyphs | fashion_mnist | cifar10 | cifar100
+    data_dir: str = "data"       # downloads go here; files that lie here already are used
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED
+    init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
+    seed: int = 0                # all randomness of a step is a function of (seed, step)
+    # network
+    backbone: str = "uvit_s"     # a row of BACKBONES (Table 9)
+    patch: int = 2               # side of a patch in pixels (Table 9)
+    dropout: float = 0.0         # after attention and in the MLP; U-ViT has none
+    time_scale: float = 1.0      # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
+    self_cond: str = "cls"       # cls: one learned token (Fig. 2a) | none: the baseline
+    layer: str = "out_2"         # best layer for the linear probe (Table 10)
+    t_probe: float = 11          # best time for the linear probe (Table 10)
+    # optimisation
+    epochs: int = 2000           # passes over the training images (Table 11)
+    steps: int = 0               # if > 0: stop after so many optimizer steps, whatever epochs says
+    batch: int = 256             # images per optimizer step, over all processes (Table 11)
+    accum: int = 1               # forward passes into which each process divides its share of the batch
+    lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
+    warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
+    beta1: float = 0.99          # of AdamW (official U-ViT configuration)
+    weight_decay: float = 0.03   # of AdamW (same), but none on biases and positions (Appendix A)
+    ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
+    flip: bool = True            # mirror half of the images (Table 11)
+    # sampling
+    nfe: int = 100               # network evaluations per image (Table 8)
+    # machine
+    device: str = "auto"         # auto | cuda | cpu | mps
+    amp: str = "auto"            # auto: bf16, else fp16, on CUDA and float32 elsewhere | off | bf16 | fp16
+    compile: bool = False        # torch.compile the network
+    save_every: int = 200        # epochs between ckpt_EPOCH.pt; last.pt is also renewed every ten minutes
+    sample_every: int = 50       # epochs between samples_EPOCH.png
+
+
+TINY = dict(backbone="uvit_tiny", warmup=1.0, beta1=0.9, lr=2e-3, batch=64, ema=0.999)
+RECIPES = {
+    "glyphs": dict(TINY, epochs=20, flip=False, save_every=5, sample_every=5),
+    "fashion_mnist": dict(TINY, patch=4, epochs=20, save_every=5, sample_every=5),
+    "cifar10": {},
+    "cifar100": {},
+}
+DATASETS = {  # channels, side in pixels, classes
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100),
+}
+
+
+# ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] --------------
+
+# Strokes of the ten digits on a 9 x 9 grid: "30 52" is a line from x = 3, y = 0 to x = 5, y = 2; y points down.
+DIGITS = [
+    ["30 50 72 76 58 38 16 12 30"], ["22 40 48"], ["12 30 50 72 73 18 78"], ["11 30 50 72 73 54 34", "54 75 76 58 38 17"],
+    ["58 50 15 75"], ["70 20 13 33 53 75 76 58 38 17"], ["60 40 22 15 16 38 58 76 75 54 34 15"], ["10 70 38"],
+    ["30 50 71 73 54 34 13 11 30", "34 54 75 77 58 38 17 15 34"], ["28 48 66 73 72 50 30 12 13 34 54 73"]]
+
+
+def draw_glyphs(n, seed):
+    """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The same bytes everywhere:
+    RandomState's streams are frozen, and + - * / sqrt are exact in IEEE 754; hence no sin, exp, BLAS or
+    font. Dark on light and light on dark are equally likely, so single pixels say next to nothing about the class."""
+    rng, labels = np.random.RandomState(seed), np.arange(n) % 10
+    uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
+    grid = np.arange(-7.5, 8, dtype=np.float32)
+    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
+    x, y = x0 - uniform(-2, 2), y0 - uniform(-2, 2)                                 # to glyph coordinates (n, 256): shift,
+    u = uniform(-0.125, 0.125)                                                      # rotate by 2 atan(u), +-0.25 rad,
+    x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
+    x = (x + uniform(-0.15, 0.15) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
+    y = y / uniform(1.1, 1.35) + 4
+    distance = np.full((n, 256), 99, np.float32)                                    # to the nearest stroke
+    for digit, stroke in ((digit, stroke) for digit, strokes in enumerate(DIGITS) for stroke in strokes):
+        points = [np.array([int(p[0]), int(p[1])], np.float32) for p in stroke.split()]
+        for (ax, ay), (bx, by) in zip(points, points[1:]):
+            px, py, dx, dy = x[digit::10] - ax, y[digit::10] - ay, bx - ax, by - ay
+            along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+            distance[digit::10] = np.minimum(distance[digit::10], np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2))
+    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                      # (n, 1, 256), one pixel of blur
+    dark, light, swap = uniform(0, 0.3), uniform(0.65, 1), uniform(0, 1) < 0.5
+    front = (np.where(swap, dark, light) + uniform(-0.04, 0.04, 3))[..., None]      # (n, 3, 1), a tint
+    back = (np.where(swap, light, dark) + uniform(-0.04, 0.04, 3))[..., None]
+    back = back + (uniform(-0.01, 0.01) * x0 + uniform(-0.01, 0.01) * y0)[:, None]  # a gradient
+    image = np.clip(back + (front - back) * ink, 0, 1) * np.float32(255) + rng.randint(-3, 4, (n, 3, 256)).astype(np.float32)
+    return np.clip(image + np.float32(0.5), 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+
+
+CIFAR = "https://www.cs.toronto.edu/~kriz/"
+CIFAR10_MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it, in order of trial
+    "cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", CIFAR, CIFAR10_MIRROR),
+    "cifar-100-binary.tar.gz": ("03b5dce01913d631647c71ecec9e9cb8", CIFAR),
+    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", FASHION),
+    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
+    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
+    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
+}
+
+
+class UserError(ValueError):
+    """What the user can mend. The command line prints it as one line and ends with status 2."""
+
+
+def fetch(name, folder):
+    """Path of a file of DOWNLOADS: the one in `folder`, or a download. A download gets its name only when it is complete and
+    its hash is right, so later runs can trust what they find; a file put there by hand may differ, and we say so."""
+    md5, *mirrors = DOWNLOADS[name]
+    path, faults = Path(folder) / name, []
+    if path.exists():
+        if hashlib.md5(path.read_bytes()).hexdigest() != md5:
+            print(f"note: {path} is used, but it is not the published file (MD5 {md5})", file=sys.stderr)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{name}.{os.getpid()}.part")
+    for url in (mirror + name for mirror in mirrors):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
+                with tqdm.wrapattr(reply, "read", total=reply.length, desc=name) as stream:
+                    shutil.copyfileobj(stream, file)
+            found = hashlib.md5(part.read_bytes()).hexdigest()
+            if found != md5:
+                raise OSError(f"{part.stat().st_size} bytes came, with MD5 {found}")
+            os.replace(part, path)
+            return path
+        except (OSError, http.client.HTTPException) as error:
+            faults.append(f"{url}: {error}")
+        finally:
+            part.unlink(missing_ok=True)
+    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} into {folder}, "
+                    "or name the folder that holds it with --data_dir")
+
+
+def read_cifar(cfg, train):
+    """The binary archives, no pickle: records of a label byte (CIFAR-100: two, coarse and fine) and 3 x 32 x 32 pixels."""
+    archive, folder, files, head = {
+        "cifar10": ("cifar-10-binary.tar.gz", "cifar-10-batches-bin/",
+                    [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"], 1),
+        "cifar100": ("cifar-100-binary.tar.gz", "cifar-100-binary/", ["train.bin" if train else "test.bin"], 2)}[cfg.dataset]
+    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # members are read, never extracted: their paths do no harm
+        records = np.frombuffer(b"".join(tar.extractfile(folder + f).read() for f in files), np.uint8).reshape(-1, head + 3072)
+    return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
+
+
+def read_fashion_mnist(cfg, train):
+    """IDX files: big-endian sizes, then bytes. From data_dir, else Debian's dataset-fashion-mnist, else a download."""
+    arrays = []
+    for kind, dims in ("images", 3), ("labels", 1):
+        name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
+        debian = Path("/usr/share/datasets/fashion-mnist") / name
+        here = debian.exists() and not (Path(cfg.data_dir) / name).exists()
+        data = gzip.decompress((debian if here else fetch(name, cfg.data_dir)).read_bytes())
+        magic, *shape = np.frombuffer(data[:4 + 4 * dims], ">i4")
+        if magic != 0x800 + dims:                               # 0x08: unsigned bytes
+            raise ValueError(f"{name} begins with {magic:#x}")
+        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
+    return np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None], arrays[1]      # 28 x 28 in the middle of 32 x 32
+
+
+def load_data(cfg, train):
+    """The training or test images of cfg.dataset, uint8 (N, C, H, W), and labels, int64 (N,), as CPU tensors."""
+    C, S, classes = DATASETS[cfg.dataset]
+    try:
+        if cfg.dataset == "glyphs":
+            images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
+        else:
+            images, labels = (read_fashion_mnist if cfg.dataset == "fashion_mnist" else read_cifar)(cfg, train)
+        if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < classes:
+            raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
+    except UserError:
+        raise
+    except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged ({' '.join(str(error).split())}); "
+                        "delete them, and the next run downloads them")
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def to_float(images):   # uint8 -> float32 in [-1, 1]
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):        # and back: rounded to the nearest, clipped
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+# ---- 3. Backbone: U-ViT (Bao et al. 2023, Table 9) with the official parameter names ------------------------------------
+
+BACKBONES = {  # width, depth, attention heads
+    "uvit_tiny": (128, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
+}
+
+
+def time_token(t, width):
+    """Sinusoids of the times t (B,): float32 (B, width), cosines first, frequencies from 1 down to 1/10000."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        return self.drop(self.proj(x))
+
+
+class UViTBlock(nn.Module):
+    """A pre-norm Transformer block. `skip` adds the long skip connection: concatenate, then project."""
+
+    def __init__(self, width, heads, dropout, skip=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.fc1 = nn.Linear(width, 4 * width)
+        self.mlp.gelu = nn.GELU()
+        self.mlp.fc2 = nn.Linear(4 * width, width)
+        self.mlp.drop = nn.Dropout(dropout)
+        if skip:
+            self.skip_linear = nn.Linear(2 * width, width)
+
+    def forward(self, x, skip=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """Everything is a token: time, [CLS] and patches. First half in, second half out, with long skips between them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        (C, S, _), (D, depth, heads) = DATASETS[cfg.dataset], BACKBONES[cfg.backbone]
+        block = functools.partial(UViTBlock, D, heads, cfg.dropout)
+        self.patch, self.width = cfg.patch, D
+        self.extras = 2 if cfg.self_cond == "cls" else 1                            # [SC] tokens before the patches
+        self.pos_embed = nn.Parameter(torch.empty(1, self.extras + (S // cfg.patch) ** 2, D))
+        if cfg.self_cond == "cls":                                                  # [SC]
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))                     # [SC]
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.proj = nn.Conv2d(C, D, cfg.patch, stride=cfg.patch)
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(D)
+        self.decoder_pred = nn.Linear(D, cfg.patch ** 2 * C)
+        self.final_layer = nn.Conv2d(C, C, 3, padding=1)
+        for module in self.modules():           # convolutions and norms keep PyTorch's initialisation
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02 * (512 / D) ** 0.5)   # the official 0.02 at the official width
+                nn.init.zeros_(module.bias) if module.bias is not None else None
+        for token in (self.pos_embed, self.cls_token) if self.extras == 2 else (self.pos_embed,):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    @staticmethod
+    def choices(cfg):
+        """The values that some fields may take, given the others."""
+        S, half = DATASETS[cfg.dataset][1], BACKBONES[cfg.backbone][1] // 2
+        kinds = ("out", "cls") if cfg.self_cond == "cls" else ("out",)
+        return dict(self_cond=("cls", "none"), patch=[p for p in range(1, S + 1) if S % p == 0],
+                    layer=[f"{kind}_{k}" for k in range(1, half + 1) for kind in kinds])
+
+    def forward(self, x, t, last=None):
+        """x (B, C, H, W), t (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of all
+        layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        (B, C, H, W), p = x.shape, self.patch
+        tokens = [time_token(t, self.width)[:, None]]                               # (B, 1, D)
+        if self.extras == 2:                                                        # [SC] [CLS] starts empty, reads all
+            tokens.append(self.cls_token.expand(B, 1, -1))                          # [SC] tokens and is read by all
+        tokens.append(self.patch_embed.proj(x).flatten(2).transpose(1, 2))          # (B, HW/pp, D)
+        h = torch.cat(tokens, dim=1) + self.pos_embed                               # (B, N, D)
+        skips, feats = [], {}
+        for block in self.in_blocks:
+            h = block(h)
+            skips.append(h)
+        h = self.mid_block(h)
+        for k, block in enumerate(self.out_blocks, 1):
+            h = block(h, skips.pop())
+            if last:
+                feats[f"out_{k}"] = h[:, self.extras:].float().mean(dim=1)          # pooled patches
+                if self.extras == 2:
+                    feats[f"cls_{k}"] = h[:, 1].float()                             # [SC] what [CLS] has gathered
+                if last in feats:
+                    return feats
+        h = self.decoder_pred(self.norm(h))[:, self.extras:]                        # (B, HW/pp, ppC)
+        h = h.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)            # (B, C, H/p, p, W/p, p)
+        return self.final_layer(h.reshape(B, C, H, W))
+
+
+# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py] ------------------------------------------------
+
+class DDPM:
+    """Forward process, loss and sampler. Times are whole numbers 1..T, t = 0 is the data; images are in [-1, 1]."""
+    T = 1000
+    probe_times = (1, 11, 21, 41, 66, 101)                                          # the grid of probe.py
+    limits = dict(nfe=(1, T), t_probe=(1, T), time_scale=(1e-6, 1e3))
+
+    def __init__(self, cfg):
+        beta = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64)              # Table 8
+        alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])               # index t = 0..T
+        self.alpha, self.sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        self.time_scale, self.nfe = cfg.time_scale, cfg.nfe
+
+    def draw_t(self, n, generator):
+        """Training times of n images: uniform on 1..T, int64 (n,)."""
+        return torch.randint(1, self.T + 1, (n,), generator=generator, device=generator.device)
+
+    def add_noise(self, x, t, noise):
+        """x_t = alpha_t x_0 + sigma_t eps, Eq. (1). x and noise (B, C, H, W), t (B,)."""
+        self.alpha, self.sigma, t = self.alpha.to(t.device), self.sigma.to(t.device), t.long()
+        return self.alpha[t].view(-1, 1, 1, 1) * x + self.sigma[t].view(-1, 1, 1, 1) * noise
+
+    def inputs(self, x_t, t):
+        """What the network is given for the noisy images x_t at times t."""
+        return x_t, t * self.time_scale
+
+    def loss(self, net, x, t, noise):
+        """|| eps_theta(x_t, t) - eps ||^2 (Sec. 3.1), the mean over pixels: (B,) float32."""
+        eps = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
+        return (eps - noise).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self, net, noise):
+        """DDIM with eta = 0, that is Euler's method on Eq. (2): noise (B, C, H, W) ~ N(0, I) -> images in [-1, 1]."""
+        times = [1 + i * self.T // self.nfe for i in range(self.nfe)][::-1] + [0]   # nfe = 5: 801, 601, 401, 201, 1, 0
+        x = noise
+        for t, s in zip(times, times[1:]):                                          # from t to the next time s < t
+            eps = net(*self.inputs(x, torch.full((len(x),), t, device=x.device))).float()
+            x_0 = ((x - self.sigma[t] * eps) / self.alpha[t]).clamp(-1, 1)
+            eps = (x - self.alpha[t] * x_0) / self.sigma[t]                         # the noise that this x_0 implies
+            x = self.alpha[s] * x_0 + self.sigma[s] * eps                           # Eq. (1) at s; s = 0 gives x_0
+        return x
+
+
+SCRIPT, Backbone, Diffusion = "uvit_sc", UViT, DDPM     # what this script is made of
+
+
+# ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] --------------------------------
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def rng(*key, device="cpu"):
+    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep the low 32 bits of a
+    seed only, so sums or shifts of keys would collide."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return torch.randperm(n, generator=rng(seed, epoch, 1))
+
+
+def batch_indices(n, batch, seed, step):
+    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs into
+    equal pieces: each image comes once an epoch, none is dropped, and the step alone tells where a resumed run goes on."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
+
+
+def start(cfg):
+    """The device of this process. Joins the other processes, if torchrun started several."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
+    device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def one_process_first():
+    """The first process of each machine runs the block (it may download) before the others do."""
+    if WORLD > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def autocast(cfg, device):
+    """Matrix products in bf16 where the GPU has it, since that needs no loss scaling; else fp16. Weights stay float32."""
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
+    if cfg.amp == "auto" and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_optimizer(net, cfg):
+    """AdamW, without decay for biases and positions but with it for [CLS] (Appendix A)."""
+    groups = {True: [], False: []}
+    for name, p in net.named_parameters():
+        groups[name.endswith("bias") or name == "pos_embed"].append(p)
+    groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, 0.999), fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema, net, rate, n):
+    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. The rate rises as min(rate, 1 - n^(-2/3)),
+    the rule of ema_pytorch in the authors' DDAE code: the first call copies, and short runs forget their random start."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(rate, 1 - n ** (-2 / 3)))
+    for mean, now in zip(ema.buffers(), net.buffers()):
+        mean.copy_(now)
+
+
+def write_checkpoint(path, **contents):
+    """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """The contents of a checkpoint, on the CPU. Code in it is refused, not run."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # a damaged file makes torch.load stumble in many ways
+        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+
+
+def save_grid(images, path, columns=8):
+    """Images uint8 (n, C, H, W) as one PNG, small ones enlarged."""
+    zoom = max(1, 64 // images.shape[2])
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.pad(images, (1, 1, 1, 1), value=255)
+    images = torch.cat([images, images.new_full((-len(images) % columns, *images.shape[1:]), 255)])
+    grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(grid.contiguous().numpy()).save(path)
+
+
+def save_loss_plot(log, path):
+    """The logged losses over steps, on a logarithmic axis, averaged over 2 % of the lines."""
+    log = [line for line in log if line["loss"]] or [dict(step=1, loss=1)]
+    window = max(1, len(log) // 50)
+    loss = np.convolve(np.log10([line["loss"] for line in log]), np.ones(window) / window, "valid")
+    low, span, end = loss.min(), max(np.ptp(loss), 1e-3), log[-1]["step"]
+    draw = ImageDraw.Draw(image := Image.new("RGB", (640, 400), "white"))
+    for i in range(5):
+        draw.line([(60, 340 - 80 * i), (620, 340 - 80 * i)], fill="#dddddd")
+        draw.text((10, 334 - 80 * i), f"{10 ** (low + span * i / 4):.4f}", fill="black")
+        draw.text((50 + 140 * i, 350), f"{end * i // 4}", fill="black")
+    draw.text((300, 375), "loss / step", fill="black")
+    curve = [(60 + 560 * line["step"] / end, 340 - 320 * (v - low) / span) for line, v in zip(log[window - 1:], loss)]
+    draw.line(curve, fill="#c03030", width=2)
+    image.save(path)
+
+
+# ---- 8. Training  [same text in every script] -------------------------------------------------------------------------
+
+FREE = "data_dir out init epochs steps accum device compile save_every sample_every".split()    # may change in mid-run
+
+
+def restore(path, cfg, parts):
+    """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
+    state = read_checkpoint(path)
+    there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
+    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in FREE and there.get(k) != here[k]]
+    if other:
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; use them, or another --out")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def train(cfg):
+    """Trains from the beginning, or from last.pt in the run folder, to the end. Returns 0, or the signal that ended it early.
+
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so one
+    process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    """
+    device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
+    share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass
+    if rest:
+        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
+                        f"use {cfg.batch - rest + WORLD * cfg.accum}")
+    with one_process_first():
+        images = load_data(cfg, train=True)[0].to(device)       # uint8: all of CIFAR takes 150 MB
+    N = len(images)
+    total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
+
+    # The state of the run, and where it stands.
+    torch.manual_seed(cfg.seed)
+    net = build_net(cfg).to(device).train()
+    if cfg.init:
+        load_weights(net, cfg.init)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer, context = make_optimizer(net, cfg), autocast(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
+    parts = dict(model=net, ema=ema, optimizer=optimizer, scaler=scaler)
+    step, log = 0, []
+    if (out / "last.pt").exists():
+        step = restore(out / "last.pt", cfg, parts)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
+    model = torch.compile(net) if cfg.compile else net
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        print(f"{out}: {N} images, {sum(p.numel() for p in net.parameters()):,} parameters, {total} steps of {cfg.batch} images, "
+              f"{WORLD} x {device.type}, {context.fast_dtype}" + f"\nresumed at step {step}" * (step > 0), flush=True)
+
+    def save(name, **parts):
+        if RANK == 0:       # every process has the same state: one writes, none waits
+            write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
+                             **{k: part.state_dict() for k, part in parts.items()})
+
+    told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
+    handlers = {s: signal.signal(s, lambda number, frame: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
+    window = torch.zeros(2, device=device)      # sum of losses, and number of steps, since the last log line
+    saved = logged = time.time()
+    bar = tqdm(total=total, initial=step, unit="step", disable=RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 20)
+    while step < total and not leave:
+        # 1. All that is random, for the global batch.
+        gen = rng(cfg.seed, step, 0, device=device)
+        x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(device)]                  # uint8 (batch, C, H, W)
+        flip = torch.rand((cfg.batch, 1, 1, 1), generator=gen, device=device) < 0.5 * cfg.flip
+        t = diffusion.draw_t(cfg.batch, gen)
+        noise = torch.randn(x.shape, generator=gen, device=device)
+
+        # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over the processes.
+        loss = 0
+        for i in range(cfg.accum):
+            first = (RANK * cfg.accum + i) * share
+            mine = slice(first, first + share)
+            x_0 = to_float(torch.where(flip[mine], x[mine].flip(-1), x[mine]))
+            if cfg.dropout:
+                torch.manual_seed(rng(cfg.seed, step, 2, first).initial_seed())
+            with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
+                with context:
+                    part = diffusion.loss(model, x_0, t[mine], noise[mine]).mean() / cfg.accum
+                scaler.scale(part).backward()
+            loss = loss + part.detach()
+
+        # 3. The step. One whose gradient is not finite is skipped on the device: the CPU need not wait to look.
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = norm.isfinite()
+        if not scaler.is_enabled():
+            optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        update_ema(ema, net, cfg.ema, step + 1)
+        bad = torch.where(finite, 0, bad + 1)
+        window += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0)
+        step += 1
+        bar.update()
+
+        # 4. The log, every step at first, then every tenth. Only here does the CPU wait, and do processes agree to leave.
+        if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
+            leave = torch.tensor(max(told, default=0), device=device)
+            if WORLD > 1:
+                dist.all_reduce(window)
+                dist.all_reduce(leave, dist.ReduceOp.MAX)
+            (loss, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None, lr=group["lr"],
+                        grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
+            log.append(line)
+            if RANK == 0:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
+            if bad >= 10:
+                raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were skipped, and {out} "
+                                "is as it was last saved; try a lower --lr, or --amp off")
+            window.zero_()
+            logged = time.time()
+
+        # 5. Files: after some epochs, every ten minutes, and at the end.
+        epoch, end = step * cfg.batch // N, step == total
+        ended = (step - 1) * cfg.batch // N < epoch
+        if end or ended and epoch % cfg.sample_every == 0:
+            grid = sample(ema, cfg, range(64))                  # drawn by all processes together
+            if RANK == 0:
+                save_grid(grid, out / f"samples_{epoch:04d}.png")
+                save_loss_plot(log, out / "loss.png")
+        if end or ended and epoch % cfg.save_every == 0:
+            save(f"ckpt_{epoch:04d}.pt", ema=ema)
+        if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
+            save("last.pt", **parts)
+            saved = time.time()
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return leave if step < total else 0
+
+
+# ---- 9. Interface for probe.py, fid.py and you  [same text in every script] -------------------------------------------
+
+LIMITS = dict(seed=(0, 2**32), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6), accum=(1, 10**6),
+              lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1), ema=(0, 0.999999),
+              save_every=(1, 10**6), sample_every=(1, 10**6))
+
+
+def make_config(dataset="glyphs", **overrides):
+    """The recipe of a data set, with changes. A UserError (a ValueError) names what is unknown or impossible, and what is not."""
+    fields = [f.name for f in dataclasses.fields(Config)]
+    if unknown := set(overrides) - set(fields):
+        raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
+    if dataset not in RECIPES:
+        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
+    cfg = Config(dataset, **{**RECIPES[dataset], **overrides})
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{dataset}-{cfg.self_cond}-s{cfg.seed}"
+    choices = dict(backbone=BACKBONES, device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
+    choices |= Backbone.choices(cfg) if cfg.backbone in BACKBONES else {}
+    for name, values in choices.items():
+        if getattr(cfg, name) not in values:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(map(str, values))}")
+    for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
+    return cfg
+
+
+def build_net(cfg):
+    """The network of a config in float32 on the CPU, with random weights from torch's global generator."""
+    net = Backbone(cfg)
+    net.cfg = cfg
+    return net
+
+
+def load_weights(net, path):
+    """Fills net from a bare state_dict with the official names, or from the averaged weights of a checkpoint."""
+    state = read_checkpoint(path)
+    try:
+        net.load_state_dict(state.get("ema", state))
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
+    print(f"loaded all {len(net.state_dict())} tensors of {path}")
+
+
+def load_checkpoint(path, weights="ema"):
+    """(cfg, net in eval mode) from a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
+        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
+    cfg = make_config(**state["config"])
+    net = build_net(cfg)
+    net.load_state_dict(state[weights])
+    return cfg, net.eval()
+
+
+@torch.no_grad()
+def features(net, x, t, noise, last=None):
+    """Pooled features of the images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
+    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
+    diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last or Backbone.choices(net.cfg)["layer"][-1])
+
+
+def sample(net, cfg, seeds, batch=64, progress=False):
+    """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the number
+    of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The net sees
+    multiples of 8 images: matrix products with fewer rows use other kernels, which round differently."""
+    device, seeds, (C, S, _) = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset]
+    images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
+    mine = list(range(RANK, len(seeds), WORLD))
+    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=not progress or RANK > 0):
+        rows = mine[i:i + batch]
+        noise = torch.zeros(len(rows) + -len(rows) % 8, C, S, S)
+        for k, row in enumerate(rows):
+            noise[k] = torch.randn(C, S, S, generator=torch.Generator().manual_seed(seeds[row]))
+        with autocast(cfg, device):
+            images[rows] = to_uint8(Diffusion(cfg).sample(net, noise.to(device)))[:len(rows)]
+    if WORLD > 1:
+        dist.all_reduce(images)     # the other processes' rows are zero
+    return images.cpu()
+
+
+# ---- 10. Command line  [same text in every script] --------------------------------------------------------------------
+
+def fail(message):
+    """The end of a run that the user can mend: one line, status 2."""
+    if RANK == 0:
+        print(f"{SCRIPT}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_command_line(argv):
+    """Every field of Config is a flag. Returns the fields that were given, and the other options."""
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail
+    for f in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out and its settings; an error if there is none")
+    parser.add_argument("--sample", metavar="CKPT", help="no training: draw images from a checkpoint, one for each seed from --seed on")
+    parser.add_argument("--n", type=int, help="their number (64)")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        fail(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ';'} --help lists all")
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}, args
+
+
+def sample_command(given, args):
+    """--sample CKPT: a PNG beside the checkpoint."""
+    if idle := set(given) - {"seed", "batch", "nfe", "device", "amp"}:
+        raise UserError(f"--{min(idle)} does nothing with --sample")
+    cfg, net = load_checkpoint(args.sample)
+    cfg, n = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given}), 64 if args.n is None else args.n
+    if n < 1:
+        raise UserError(f"--n {n}: must be at least 1")
+    images = sample(net.to(start(cfg)), cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
+    if RANK == 0:
+        path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"
+        save_grid(images, path)
+        print(f"{path}: {n} images from the ema weights, {cfg.nfe} network evaluations each")
+
+
+def main(argv=None):
+    given, args = parse_command_line(argv)
+    try:
+        if args.sample:
+            return sample_command(given, args)
+        if args.n is not None:
+            raise UserError("--n goes with --sample")
+        cfg = make_config(**given)
+        if args.resume:
+            cfg = make_config(**{**read_checkpoint(Path(cfg.out) / "last.pt")["config"], "out": cfg.out, **given})
+        signal_number = train(cfg)
+        if RANK == 0:
+            tiny = " --detector tiny" * (cfg.dataset in ("glyphs", "fashion_mnist"))    # Inception knows photographs
+            print(f"saved {cfg.out}/last.pt; the same command goes on from there" if signal_number else
+                  f"done: look at {cfg.out}/samples_*.png and loss.png, then\n"
+                  f"  python probe.py {cfg.out}/last.pt\n  python fid.py {cfg.out}/last.pt{tiny}")
+        return 128 + signal_number if signal_number else 0
+    except UserError as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
