@@ -1,0 +1,348 @@
+"""fid.py: numbers against closed forms and against pytorch-fid, files, names, and errors. CPU, no network."""
+import http.server, json, sys, threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fid
+import uvit_sc
+
+
+class Stub(torch.nn.Module):
+    """A detector that costs nothing: the mean and the mean square of each colour."""
+    kind, dim, classes, hash = "inception", 6, 12, "stub"
+
+    def forward(self, images):
+        x = images.expand(-1, 3, -1, -1).float() / 255
+        f = torch.cat([x.mean(dim=(2, 3)), x.square().mean(dim=(2, 3))], dim=1)
+        return f, torch.cat([f, -9 * f], dim=1)
+
+
+def fill(net):
+    """Weights by a rule that needs no file: uniform numbers of a frozen stream, in the order of the sorted names."""
+    rng = np.random.RandomState(0)
+    for name, v in sorted(net.state_dict().items()):
+        if v.dim():
+            kind = name.split(".", 1)[-1].split("bn.")[-1]
+            low, high = (0.5, 1.5) if "bn." in name and kind in ("weight", "running_var") else (-0.2, 0.2)
+            if v.dim() > 1:
+                high = (6 / v[0].numel()) ** 0.5
+                low = -high
+            v.copy_(torch.from_numpy(rng.uniform(low, high, tuple(v.shape)).astype(np.float32)))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return fill(fid.Inception())
+
+
+@pytest.fixture(scope="module")
+def inception_file(inception, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(inception.state_dict(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Only uvit_sc, 300 glyphs, five training steps, and a folder of one's own."""
+    images, labels = uvit_sc.draw_glyphs(400, seed=7)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    part = {True: slice(0, 300), False: slice(300, 400)}
+    load = lambda cfg, train: (images[part[train]].clone(), labels[part[train]].clone())
+    monkeypatch.setattr(uvit_sc, "load_data", load)
+    monkeypatch.setattr(fid, "SCRIPTS", ("uvit_sc",))
+    monkeypatch.setitem(fid.DETECTOR, "steps", 5)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda file, folder: Stub())
+
+
+def run(*argv):
+    fid.main([*map(str, argv), "--json", "result.json"])
+    return json.loads(Path("result.json").read_text())
+
+
+def error(capsys, *argv):
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as end:
+        fid.main([*map(str, argv)])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("fid: "), err
+    return err
+
+
+def folder(name, images):
+    Path(name).mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(f"{name}/{i:04d}.png")
+    return name
+
+
+def glyphs(n, seed=9):
+    return uvit_sc.draw_glyphs(n, seed)[0]
+
+
+def checkpoint(name="last.pt", script="uvit_sc"):
+    torch.manual_seed(0)
+    cfg = uvit_sc.make_config(data_dir="data")
+    net = uvit_sc.build_net(cfg)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    uvit_sc.write_checkpoint(Path(name), script=script, config=dict(vars(cfg)), step=12, ema=state,
+                             model={k: v * 0.5 for k, v in state.items()})
+    return name
+
+
+# ---- distance and statistics -----------------------------------------------------------------------------------------
+
+def moments(x):
+    return x.mean(axis=0), np.cov(x, rowvar=False)
+
+
+def test_distance_closed_forms():
+    rng = np.random.RandomState(0)
+    a, b, m = rng.uniform(0.1, 3, 20), rng.uniform(0.1, 3, 20), rng.randn(20)
+    expected = (m ** 2).sum() + ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    assert fid.frechet_distance(m, np.diag(a), 0 * m, np.diag(b)) == pytest.approx(expected, rel=1e-10)
+    q = np.linalg.qr(rng.randn(20, 20))[0]              # commuting: the same eigenvectors
+    assert fid.frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T) == pytest.approx(expected, rel=1e-10)
+    assert fid.frechet_distance(m, np.diag(a), m, np.diag(a)) == pytest.approx(0, abs=1e-10)
+
+
+def test_distance_general():
+    rng = np.random.RandomState(1)
+    (m1, s1), (m2, s2) = moments(rng.randn(90, 30)), moments(rng.randn(80, 30) @ rng.randn(30, 30) + 1)
+    trace = np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).sum().real      # eigenvalues of the plain product
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * trace
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_distance_with_fewer_images_than_features():
+    rng = np.random.RandomState(2)
+    x, y = rng.randn(12, 100), 2 * rng.randn(9, 100)
+    (m1, s1), (m2, s2) = moments(x), moments(y)
+    cross = (x - m1) @ (y - m2).T / np.sqrt(11 * 8)     # tr (S1 S2)^(1/2) is the nuclear norm of this 12 x 9 matrix
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.linalg.norm(cross, "nuc")
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_are_those_of_numpy():
+    x = np.random.RandomState(3).randn(103, 17).astype(np.float32) + 5
+    stats = fid.Statistics(103, 17, 17)
+    for i in range(0, 103, 10):
+        stats.add(torch.from_numpy(x[i:i + 10]), torch.from_numpy(x[i:i + 10]))
+    for found, expected in zip(stats.gaussian(), moments(x.astype(np.float64))):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_inception_score_is_that_of_a_plain_loop():
+    logits = 3 * np.random.RandomState(4).randn(57, 11)
+    stats = fid.Statistics(57, 11, 11)
+    for i in range(0, 57, 8):
+        stats.add(torch.from_numpy(logits[i:i + 8]), torch.from_numpy(logits[i:i + 8]))
+    shuffled, scores = logits[np.random.RandomState(2020).permutation(57)], []
+    for k in range(10):
+        part = shuffled[k * 57 // 10:(k + 1) * 57 // 10]
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+    assert stats.inception_score() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+# ---- Inception -------------------------------------------------------------------------------------------------------
+
+def test_inception_names_and_sizes(inception):
+    state = inception.state_dict()
+    assert len(state) == 566 and sum(p.numel() for p in inception.parameters()) == 23_850_960
+    for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
+                        "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3), "fc.weight": (1008, 2048),
+                        "Mixed_6b.branch7x7dbl_5.conv.weight": (192, 128, 1, 7),
+                        "Mixed_7c.branch_pool.bn.running_var": (192,),
+                        "Mixed_7a.branch7x7x3_3.conv.weight": (192, 192, 7, 1),
+                        "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1, 3)}.items():
+        assert state[name].shape == shape
+    assert all(m.eps == 1e-3 for m in inception.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+@torch.no_grad()
+def test_inception_computes_what_pytorch_fid_computes(inception):
+    """The numbers come from pytorch-fid 0.3.0's InceptionV3 on torchvision 0.29.1's blocks, filled by the same rule."""
+    image = torch.from_numpy(np.random.RandomState(1).randint(0, 256, (2, 3, 40, 48)).astype(np.uint8))[:1]
+    features, logits = inception(image)
+    expected = [0.0, 0.060105, 11.906756, 0.028756, 0.252625, 0.002775, 8.990755, 0.112849]
+    np.testing.assert_allclose(features[0, ::256].numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose([features.mean(), features.std()], [3.141093, 4.231958], rtol=1e-4)
+    expected = [-8.086815, 2.422424, -7.575337, 1.971549, 5.098942, -5.816162, -11.092961]
+    np.testing.assert_allclose(logits[0, ::144].numpy(), expected, rtol=1e-4, atol=1e-4)    # without fc.bias
+
+
+def test_command_with_inception(inception_file, capsys):
+    a, b = glyphs(12), glyphs(14, seed=8)
+    result = run(folder("a", a), folder("b", b), "--inception", inception_file, "--save_stats", "a.npz")
+    out, err = capsys.readouterr()
+    assert result["score"] == "FID-12" and out.startswith(f"FID-12 {result['value']:.4f}   Inception Score 1.")
+    assert out.count("\n") == 2 and fid.digest([inception_file.read_bytes()]) in out
+    assert err.count("WARNING") == 2 and "2048" in err
+    with np.load("a.npz") as file:                      # pytorch-fid reads these two
+        assert file["mu"].shape == (2048,) and file["sigma"].shape == (2048, 2048)
+        np.testing.assert_allclose(np.trace(file["sigma"]), file["sigma"].diagonal().sum())
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body, length = self.server.reply
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(fid, "INCEPTION_URL", f"http://127.0.0.1:{server.server_port}/x/weights.pth")
+
+    def reply(body, length=None):
+        server.reply = body, len(body) if length is None else length
+
+    yield reply
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("fault", ["404", "wrong", "truncated"])
+def test_failed_download_leaves_nothing(serve, capsys, monkeypatch, fault):
+    body = b"weights" * 5000
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", fid.digest([body])[:8])
+    serve(*{"404": (b"",), "wrong": (b"x" + body,), "truncated": (body[:9999], len(body))}[fault])
+    message = error(capsys, folder("a", glyphs(3)), "a", "--data_dir", "data")
+    assert fid.INCEPTION_URL in message and str(Path("data/weights.pth")) in message and "--detector tiny" in message
+    assert "--inception" in message and not list(Path("data").iterdir())
+
+
+def test_good_download_is_kept(serve, monkeypatch, inception_file):
+    body = inception_file.read_bytes()
+    serve(body)
+    with pytest.raises(fid.UserError, match="bytes with sha256"):
+        fid.load_inception(None, "data")                # not the published file
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", fid.digest([body])[:8])
+    assert fid.load_inception(None, "data").hash == fid.digest([body])
+    assert [p.name for p in Path("data").iterdir()] == ["weights.pth"]
+    serve(b"")
+    assert not fid.load_inception(None, "data").training
+
+
+# ---- sides -----------------------------------------------------------------------------------------------------------
+
+def test_files_and_memory_give_the_same_score():
+    images = glyphs(70)
+    np.savez("a.npz", images.transpose(0, 2, 3, 1))     # as ADM does: arr_0
+    values = [run(a, "glyphs", "--detector", "tiny", "--batch", 32) for a in (folder("a", images), "a.npz")]
+    assert values[0]["value"] == values[1]["value"] > 0 and values[1]["B"]["cached"] and not values[0]["B"]["cached"]
+    assert values[0]["score"] == "FD-tiny" and values[0]["floor"] > 0 and values[0]["floor_n"] == 70
+    assert 0 <= values[0]["detector_accuracy"] <= 1 and len(list(Path("data").glob("detector-tiny-glyphs-*.pt"))) == 1
+
+
+def test_grey_and_mixed_sizes(stub):
+    Path("a").mkdir()
+    for i, (mode, size) in enumerate([("L", (5, 7)), ("RGB", (9, 9)), ("RGB", (9, 9)), ("1", (5, 7)), ("P", (3, 4))]):
+        Image.effect_noise(size, 90).convert(mode).save(f"a/{i}.png")
+    Path("a/notes.txt").write_text("no image")
+    side = fid.open_folder(Path("a"))
+    shapes = [tuple(x.shape) for x in side.batches(4)]
+    assert side.n == 5 and shapes == [(1, 3, 7, 5), (2, 3, 9, 9), (1, 3, 7, 5), (1, 3, 4, 3)]
+    assert run("a", folder("b", glyphs(20)))["A"]["n"] == 5
+
+
+def test_stats_round_trip_and_cache(stub, monkeypatch):
+    a, b = folder("a", glyphs(30)), folder("b", glyphs(41, seed=8))
+    first = run(a, b, "--save_stats", "a.npz", "--data_dir", "cache")
+    again = run(a, b, "--data_dir", "cache", "--batch", 7)
+    assert again["B"]["cached"] and not first["B"]["cached"]
+    assert first["value"] == pytest.approx(again["value"], rel=1e-9)
+    assert run("a.npz", b, "--data_dir", "cache")["value"] == first["value"] and first["inception_score"][0] > 1
+    x = Stub()(torch.from_numpy(glyphs(30)))[0].double().numpy()
+    with np.load("a.npz", allow_pickle=False) as file:
+        for key, expected in zip(("mu", "sigma"), moments(x)):
+            np.testing.assert_allclose(file[key], expected, rtol=1e-6, atol=1e-12)
+    Image.new("RGB", (16, 16)).save("b/0000.png")       # other images, or another detector: no use of the cache
+    assert not run(a, b, "--data_dir", "cache")["B"]["cached"]
+    monkeypatch.setattr(Stub, "hash", "other")
+    assert not run(a, b, "--data_dir", "cache")["B"]["cached"]
+
+
+def test_checkpoint(stub, capsys):
+    path = checkpoint()
+    result = run(path, "--n", 10, "--seed", 3, "--nfe", 2, "--batch", 4, "--device", "cpu")
+    assert dict(result["A"], seeds=[3, 12], nfe=2, weights="ema", step=12) == result["A"]
+    assert result["score"] == "FID-10" and result["B"]["name"] == "glyphs" and result["B"]["n"] == 300
+    cfg, net = uvit_sc.load_checkpoint(path)
+    cfg.nfe = 2
+    images = uvit_sc.sample(net, cfg, range(3, 13)).numpy()
+    assert run(folder("a", images), "glyphs")["value"] == pytest.approx(result["value"], rel=1e-6)
+    raw = run(path, "--n", 10, "--seed", 3, "--nfe", 2, "--weights", "model")
+    assert raw["A"]["weights"] == "raw" and raw["value"] != result["value"]
+    assert "uvit_sc at step 12, ema weights, 2 NFE, seeds 3-12" in capsys.readouterr().out
+
+
+def test_tiny_detector_repeats_itself():
+    images, labels = uvit_sc.load_data(None, True)
+    state = torch.random.get_rng_state()
+    one, two = (fid.train_detector(images, labels).state_dict() for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one) and torch.equal(state, torch.random.get_rng_state())
+
+
+def test_names():
+    names = [fid.score_name("inception", n) for n in (None, 512, 1000, 10000, 49999, 50000, 60000)]
+    assert names == ["FID-?", "FID-512", "FID-1k", "FID-10k", "FID-49999", "FID", "FID"]
+    assert fid.score_name("tiny", 50000) == "FD-tiny"
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+def test_errors(stub, capsys):
+    a = folder("a", glyphs(3))
+    Path("empty").mkdir()
+    Path("bad").mkdir()
+    Image.new("RGB", (8, 8)).save("bad/a.png")
+    Path("bad/x.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    Path("note.txt").write_text("?")
+    np.savez("neither.npz", x=np.zeros(3))
+    np.savez("pickled.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((1, 1)))
+    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    Path("text.npz").write_text("no zip")
+    Path("text.pt").write_text("no checkpoint")
+    checkpoint("evil.pt", script="fid")           # such a file exists, and must not be imported all the same
+    checkpoint("good.pt")
+    for words, part in {
+            ("missing.pt", a): "missing.pt: no such file", ("missing.npz", a): "no such file",
+            (a, "cifar11"): "glyphs", ("note.txt", a): "note.txt", ("empty", a): "empty holds no images",
+            ("bad", a): "bad/x.png", ("neither.npz", a): "neither", ("pickled.npz", a): "pickled.npz",
+            ("wide.npz", a): "2048 features", ("text.npz", a): "text.npz", ("text.pt", a): "text.pt",
+            ("evil.pt",): "of fid", (a,): "with what", (a, "glyphs", "--n", "5"): "--n", (): "required",
+            (a, a, "--detector", "tiny"): "data set", (a, a, "--batch", "0"): "--batch",
+            (a, a, "--unknown"): "--unknown", ("good.pt", "--nfe", "0"): "nfe", (a, a, "--save_stats", "x"): ".npz",
+            (a, a, "--json", "no/x"): "no such folder",
+            ("good.pt", "--n", "1"): "at least 2", (a, a, "--detector", "big"): "tiny"}.items():
+        assert part in error(capsys, *words), words
+
+
+def test_errors_of_weights(capsys, tmp_path):
+    a = folder("a", glyphs(3))
+    Path("text.pth").write_text("no weights")
+    torch.save({"fc.weight": torch.zeros(3)}, "other.pth")
+    for file in ("missing.pth", "text.pth", "other.pth"):
+        assert file in error(capsys, a, a, "--inception", file)
+    np.savez("a.npz", np.zeros((70, 8, 8, 3), np.uint8))
+    assert "16 x 16" in error(capsys, "a.npz", "glyphs", "--detector", "tiny")
