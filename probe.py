@@ -1,10 +1,10 @@
 """Linear probing: how well does one linear layer on frozen features classify?
 
-Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) network, images noised to one time, features of
-          one layer averaged over positions, one linear layer, Adam 4e-3 with a cosine to 0, 15 epochs, batch 512, flips only.
+Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) network, images noised to one time, features
+          of one layer averaged over positions, one linear layer, Adam 4e-3 with a cosine to 0, 15 epochs, batch 512.
 Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is read once, at the end.
-          The paper draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept in
-          memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
+          The paper draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept
+          in memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
 
 Run       python probe.py runs/.../last.pt                            # all layers at the time of Table 10
           python probe.py runs/.../last.pt --grid                     # at several times as well
@@ -43,12 +43,12 @@ def load_script(path):
 def extract(module, net, images, t, layers, seed, flip=False, batch=250):
     """Features of one draw of flips and noise, both functions of `seed`: float16 (layers, N, D) on the CPU.
 
-    Narrow layers are filled up with zeros, which change neither logits nor gradients. float16 halves the memory; it rounds
-    at 5e-4, far below what the noise does to a feature.
+    Narrow layers are filled up with zeros, which change neither logits nor gradients. float16 halves the memory; it
+    rounds at 5e-4, far below what the noise does to a feature.
     """
     device, out = next(net.parameters()).device, []
     gen = torch.Generator(device).manual_seed(seed)
-    for x in tqdm(images.split(batch), desc=f"features at t = {t:g}", unit="batch", leave=False):
+    for x in tqdm(images.split(batch), desc=f"features at t = {t:g}", unit="batch", leave=False, disable=None):
         x = module.to_float(x.to(device))
         if flip:
             x = torch.where(torch.rand((len(x), 1, 1, 1), generator=gen, device=device) < 0.5, x.flip(-1), x)
@@ -102,7 +102,7 @@ def probe(module, cfg, net, args):
     # 1. Choose (time, layer) on held-out training images. Only the best cell's features are kept from time to time.
     table, best = [], (-1.0, None, None, None)
     for t in args.times:
-        draws = [extract(module, net, images, t, names, seed=args.seed * 1000 + k, flip=cfg.flip) for k in range(args.draws)]
+        draws = [extract(module, net, images, t, names, args.seed * 1000 + k, cfg.flip) for k in range(args.draws)]
         scores = [math.nan]
         if len(args.times) * len(names) > 1:
             heads = fit([d[:, ~held] for d in draws], labels[~held], classes, args)
@@ -113,7 +113,7 @@ def probe(module, cfg, net, args):
             best = scores[cell], t, names[cell], [d[cell:cell + 1].clone() for d in draws]
     _, t, layer, draws = best
 
-    # 2. Train the chosen cell's head on all training images; then, and only then, read the test set. Raw pixels: the same.
+    # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set.
     heads = fit(draws, labels, classes, args)
     pixels = [module.to_float(x).flatten(1)[None] for x in (images, images.flip(-1))[:1 + cfg.flip]]
     raw_heads = fit(pixels, labels, classes, args)
@@ -156,14 +156,15 @@ def save_heat_map(result, path, w=62, h=36):
 
 
 def parse_command_line(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = fail
     parser.add_argument("checkpoint", help="last.pt or ckpt_EPOCH.pt of a run")
-    parser.add_argument("--times", type=float, nargs="+", help="the formulation's own times (default: the run's t_probe)")
+    parser.add_argument("--times", type=float, nargs="+", help="in the units of the formulation (default: t_probe)")
     parser.add_argument("--layers", nargs="+", help="such as out_2 cls_2 (default: all)")
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
-    parser.add_argument("--draws", type=int, default=3, help="draws of flips and noise (3); 15, the number of epochs, is the paper's way")
-    parser.add_argument("--epochs", type=int, default=15, help="of the linear layer (15; the paper takes 30 beyond CIFAR)")
+    parser.add_argument("--draws", type=int, default=3, help="draws of flips and noise (3); the paper: one an epoch")
+    parser.add_argument("--epochs", type=int, default=15, help="of the linear layer (15; paper: 30 beyond CIFAR)")
     parser.add_argument("--batch", type=int, default=512, help="of the linear layer (512)")
     parser.add_argument("--lr", type=float, default=4e-3, help="of Adam, at first (4e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of draws, held-out images and heads (0)")
@@ -172,7 +173,8 @@ def parse_command_line(argv):
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     parser.add_argument("--out", help="folder of probe.json and probe.png (default: that of the checkpoint)")
     args = parser.parse_args(argv)
-    for name, low, high in ("draws", 1, 1000), ("epochs", 1, 10**6), ("batch", 1, 10**9), ("lr", 0, 1e3), ("seed", 0, 2**31):
+    limits = dict(draws=(1, 999), epochs=(1, 10**6), batch=(1, 10**9), lr=(0, 1000), seed=(0, 2**31))
+    for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} {getattr(args, name)}: must lie between {low} and {high}")
     if args.draws > args.epochs:
@@ -199,19 +201,20 @@ def main(argv=None):
         result = probe(module, cfg, net.to(args.device), args)
     except module.UserError as error:
         fail(error)
-    result |= dict(checkpoint=str(args.checkpoint), step=step, weights=args.weights, dataset=cfg.dataset, self_cond=cfg.self_cond,
-                   draws=args.draws, epochs=args.epochs, batch=args.batch, lr=args.lr, seed=args.seed,
-                   seconds=round(time.time() - began, 1))
+    result |= dict(checkpoint=str(args.checkpoint), step=step, weights=args.weights, dataset=cfg.dataset,
+                   self_cond=cfg.self_cond, draws=args.draws, epochs=args.epochs, batch=args.batch, lr=args.lr,
+                   seed=args.seed, seconds=round(time.time() - began, 1))
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     (out / "probe.json").write_text(json.dumps(result, indent=1))
     if len(args.times) * len(args.layers) > 1:
         save_heat_map(result, out / "probe.png")
         print(f"accuracy (%) on {result['held_out_images']} held-out training images\n{format_table(result)}")
-    print(f"test accuracy {result['accuracy']:.2f} % at t = {result['t']:g}, {result['layer']} (raw pixels {result['raw_pixels']:.2f} %)")
-    print(f"protocol: {args.weights} weights of step {step}, {cfg.dataset} {result['train_images']} + {result['test_images']} images, "
-          f"{args.draws} draws, {args.epochs} epochs, batch {args.batch}, lr {args.lr:g}, seed {args.seed}; {result['seconds']} s; "
-          f"{out / 'probe.json'}")
+    print(f"test accuracy {result['accuracy']:.2f} % at t = {result['t']:g}, {result['layer']} "
+          f"(raw pixels {result['raw_pixels']:.2f} %)")
+    print(f"protocol: {args.weights} weights of step {step}, {cfg.dataset} {result['train_images']} + "
+          f"{result['test_images']} images, {args.draws} draws, {args.epochs} epochs, batch {args.batch}, lr {args.lr:g}, "
+          f"seed {args.seed}; {result['seconds']} s; {out / 'probe.json'}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Config:
     patch: int = 2               # side of a patch in pixels (Table 9)
     dropout: float = 0.0         # after attention and in the MLP; U-ViT has none
     time_scale: float = 1.0      # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
+    pos_init: str = "normal"     # of positions: normal, as in U-ViT | sincos: knows the grid at once, for short runs
     self_cond: str = "cls"       # cls: one learned token (Fig. 2a) | none: the baseline
     layer: str = "out_2"         # best layer for the linear probe (Table 10)
     t_probe: float = 11          # best time for the linear probe (Table 10)
@@ -69,10 +70,10 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png
 
 
-TINY = dict(backbone="uvit_tiny", warmup=1.0, beta1=0.9, lr=2e-3, batch=64, ema=0.999)
+TINY = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=1.5e-3, warmup=0.5, beta1=0.9, layer="out_1")
 RECIPES = {
-    "glyphs": dict(TINY, epochs=20, flip=False, save_every=5, sample_every=5),
-    "fashion_mnist": dict(TINY, patch=4, epochs=20, save_every=5, sample_every=5),
+    "glyphs": dict(TINY, epochs=7, flip=False, save_every=1, sample_every=2),
+    "fashion_mnist": dict(TINY, epochs=2, save_every=1, sample_every=1),
     "cifar10": {},
     "cifar100": {},
 }
@@ -81,13 +82,13 @@ DATASETS = {  # channels, side in pixels, classes
 }
 
 
-# ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] --------------
+# ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] -----------
 
-# Strokes of the ten digits on a 9 x 9 grid: "30 52" is a line from x = 3, y = 0 to x = 5, y = 2; y points down.
+# Strokes of the ten digits, as on a seven-segment display: "10 70" is a line from x = 1, y = 0 to x = 7, y = 0; y is down.
 DIGITS = [
-    ["30 50 72 76 58 38 16 12 30"], ["22 40 48"], ["12 30 50 72 73 18 78"], ["11 30 50 72 73 54 34", "54 75 76 58 38 17"],
-    ["58 50 15 75"], ["70 20 13 33 53 75 76 58 38 17"], ["60 40 22 15 16 38 58 76 75 54 34 15"], ["10 70 38"],
-    ["30 50 71 73 54 34 13 11 30", "34 54 75 77 58 38 17 15 34"], ["28 48 66 73 72 50 30 12 13 34 54 73"]]
+    ["10 70 78 18 10"], ["70 78"], ["10 70 74 14 18 78"], ["10 70 78 18", "14 74"], ["10 14 74", "70 78"],
+    ["70 10 14 74 78 18"], ["70 10 18 78 74 14"], ["10 70 78"], ["10 70 78 18 10", "14 74"], ["74 14 10 70 78 18"],
+]
 
 
 def draw_glyphs(n, seed):
@@ -98,8 +99,8 @@ def draw_glyphs(n, seed):
     uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
     grid = np.arange(-7.5, 8, dtype=np.float32)
     x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
-    x, y = x0 - uniform(-2, 2), y0 - uniform(-2, 2)                                 # to glyph coordinates (n, 256): shift,
-    u = uniform(-0.125, 0.125)                                                      # rotate by 2 atan(u), +-0.25 rad,
+    x, y = x0 - uniform(-1.1, 1.1), y0 - uniform(-1.1, 1.1)                               # to digit axes (n, 256): shift,
+    u = uniform(-0.08, 0.08)                                                        # rotate by 2 atan(u), +-0.16 rad,
     x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
     x = (x + uniform(-0.15, 0.15) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
     y = y / uniform(1.1, 1.35) + 4
@@ -109,14 +110,15 @@ def draw_glyphs(n, seed):
         for (ax, ay), (bx, by) in zip(points, points[1:]):
             px, py, dx, dy = x[digit::10] - ax, y[digit::10] - ay, bx - ax, by - ay
             along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-            distance[digit::10] = np.minimum(distance[digit::10], np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2))
+            off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+            distance[digit::10] = np.minimum(distance[digit::10], off)
     ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                      # (n, 1, 256), one pixel of blur
     dark, light, swap = uniform(0, 0.3), uniform(0.65, 1), uniform(0, 1) < 0.5
     front = (np.where(swap, dark, light) + uniform(-0.04, 0.04, 3))[..., None]      # (n, 3, 1), a tint
     back = (np.where(swap, light, dark) + uniform(-0.04, 0.04, 3))[..., None]
-    back = back + (uniform(-0.01, 0.01) * x0 + uniform(-0.01, 0.01) * y0)[:, None]  # a gradient
-    image = np.clip(back + (front - back) * ink, 0, 1) * np.float32(255) + rng.randint(-3, 4, (n, 3, 256)).astype(np.float32)
-    return np.clip(image + np.float32(0.5), 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+    back = back + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]    # a gradient
+    image = np.clip(back + (front - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
 
 
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -137,8 +139,8 @@ class UserError(ValueError):
 
 
 def fetch(name, folder):
-    """Path of a file of DOWNLOADS: the one in `folder`, or a download. A download gets its name only when it is complete and
-    its hash is right, so later runs can trust what they find; a file put there by hand may differ, and we say so."""
+    """Path of a file of DOWNLOADS: the one in `folder`, or a download. A download gets its name only when complete and
+    of the right hash: later runs can trust what they find. A file put there by hand may differ, and we say so."""
     md5, *mirrors = DOWNLOADS[name]
     path, faults = Path(folder) / name, []
     if path.exists():
@@ -150,7 +152,7 @@ def fetch(name, folder):
     for url in (mirror + name for mirror in mirrors):
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-                with tqdm.wrapattr(reply, "read", total=reply.length, desc=name) as stream:
+                with tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None) as stream:
                     shutil.copyfileobj(stream, file)
             found = hashlib.md5(part.read_bytes()).hexdigest()
             if found != md5:
@@ -166,13 +168,16 @@ def fetch(name, folder):
 
 
 def read_cifar(cfg, train):
-    """The binary archives, no pickle: records of a label byte (CIFAR-100: two, coarse and fine) and 3 x 32 x 32 pixels."""
-    archive, folder, files, head = {
-        "cifar10": ("cifar-10-binary.tar.gz", "cifar-10-batches-bin/",
-                    [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"], 1),
-        "cifar100": ("cifar-100-binary.tar.gz", "cifar-100-binary/", ["train.bin" if train else "test.bin"], 2)}[cfg.dataset]
-    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # members are read, never extracted: their paths do no harm
-        records = np.frombuffer(b"".join(tar.extractfile(folder + f).read() for f in files), np.uint8).reshape(-1, head + 3072)
+    """The binary archives, no pickle: records of one label byte (CIFAR-100: coarse, fine) and 3 x 32 x 32 pixels."""
+    if cfg.dataset == "cifar10":
+        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin/", 1
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    else:
+        archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
+        files = ["train.bin" if train else "test.bin"]
+    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # read, never extracted: paths in it do no harm
+        data = b"".join(tar.extractfile(folder + name).read() for name in files)
+    records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
     return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
 
 
@@ -204,8 +209,8 @@ def load_data(cfg, train):
     except UserError:
         raise
     except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged ({' '.join(str(error).split())}); "
-                        "delete them, and the next run downloads them")
+        raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged; delete them, and "
+                        f"the next run downloads them ({' '.join(str(error).split())})")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -217,10 +222,10 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-# ---- 3. Backbone: U-ViT (Bao et al. 2023, Table 9) with the official parameter names ------------------------------------
+# ---- 3. Backbone: U-ViT (Bao et al. 2023, Table 9) with the official parameter names ---------------------------------
 
 BACKBONES = {  # width, depth, attention heads
-    "uvit_tiny": (128, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
+    "uvit_tiny": (160, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
 }
 
 
@@ -291,22 +296,27 @@ class UViT(nn.Module):
         self.final_layer = nn.Conv2d(C, C, 3, padding=1)
         for module in self.modules():           # convolutions and norms keep PyTorch's initialisation
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02 * (512 / D) ** 0.5)   # the official 0.02 at the official width
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+                nn.init.trunc_normal_(module.weight, std=0.02 * (512 / D) ** 0.5)   # the official 0.02 at width 512
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for token in (self.pos_embed, self.cls_token) if self.extras == 2 else (self.pos_embed,):
             nn.init.trunc_normal_(token, std=0.02)
+        if cfg.pos_init == "sincos":
+            place = time_token(torch.arange(S // cfg.patch), D // 2) / 2            # (S/p, D/2), for rows and for columns
+            grid = torch.cat([a.flatten(0, 1) for a in torch.broadcast_tensors(place[:, None], place[None])], dim=1)
+            self.pos_embed.data[0, self.extras:] = grid
 
     @staticmethod
     def choices(cfg):
         """The values that some fields may take, given the others."""
         S, half = DATASETS[cfg.dataset][1], BACKBONES[cfg.backbone][1] // 2
         kinds = ("out", "cls") if cfg.self_cond == "cls" else ("out",)
-        return dict(self_cond=("cls", "none"), patch=[p for p in range(1, S + 1) if S % p == 0],
+        return dict(self_cond=("cls", "none"), pos_init=("normal", "sincos"), patch=[p for p in range(1, S + 1) if S % p == 0],
                     layer=[f"{kind}_{k}" for k in range(1, half + 1) for kind in kinds])
 
     def forward(self, x, t, last=None):
-        """x (B, C, H, W), t (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of all
-        layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        """x (B, C, H, W), t (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of
+        all layers up to it, {name: (B, D) float32}; the rest is not computed."""
         (B, C, H, W), p = x.shape, self.patch
         tokens = [time_token(t, self.width)[:, None]]                               # (B, 1, D)
         if self.extras == 2:                                                        # [SC] [CLS] starts empty, reads all
@@ -331,7 +341,7 @@ class UViT(nn.Module):
         return self.final_layer(h.reshape(B, C, H, W))
 
 
-# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py] ------------------------------------------------
+# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py] ---------------------------------------------
 
 class DDPM:
     """Forward process, loss and sampler. Times are whole numbers 1..T, t = 0 is the data; images are in [-1, 1]."""
@@ -379,15 +389,15 @@ class DDPM:
 SCRIPT, Backbone, Diffusion = "uvit_sc", UViT, DDPM     # what this script is made of
 
 
-# ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] --------------------------------
+# ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep the low 32 bits of a
-    seed only, so sums or shifts of keys would collide."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep only the low
+    32 bits of a seed, so sums or shifts of keys would collide."""
+    return torch.Generator(device).manual_seed(int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16))
 
 
 @functools.lru_cache(maxsize=2)
@@ -396,8 +406,8 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch, seed, step):
-    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs into
-    equal pieces: each image comes once an epoch, none is dropped, and the step alone tells where a resumed run goes on."""
+    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs
+    into equal pieces: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
     place = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
 
@@ -428,7 +438,7 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """Matrix products in bf16 where the GPU has it, since that needs no loss scaling; else fp16. Weights stay float32."""
+    """Matrix products in bf16 where the GPU has it, as that needs no loss scaling; else fp16. Weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -446,15 +456,15 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, rate, n):
-    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. The rate rises as min(rate, 1 - n^(-2/3)),
-    the rule of ema_pytorch in the authors' DDAE code: the first call copies, and short runs forget their random start."""
+    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. The rate is min(rate, 1 - n^(-2/3)),
+    as by ema_pytorch in the authors' DDAE code: the first call copies, and short runs forget their random start."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(rate, 1 - n ** (-2 / 3)))
     for mean, now in zip(ema.buffers(), net.buffers()):
         mean.copy_(now)
 
 
 def write_checkpoint(path, **contents):
-    """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new one, never a part."""
+    """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -503,7 +513,7 @@ def save_loss_plot(log, path):
     image.save(path)
 
 
-# ---- 8. Training  [same text in every script] -------------------------------------------------------------------------
+# ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
 
 FREE = "data_dir out init epochs steps accum device compile save_every sample_every".split()    # may change in mid-run
 
@@ -514,17 +524,17 @@ def restore(path, cfg, parts):
     there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
     other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in FREE and there.get(k) != here[k]]
     if other:
-        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; use them, or another --out")
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
 
 
 def train(cfg):
-    """Trains from the beginning, or from last.pt in the run folder, to the end. Returns 0, or the signal that ended it early.
+    """Trains from the beginning, or from last.pt in the run folder, to the end. Returns 0, or the signal that ended it.
 
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so one
-    process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
+    one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
     """
     device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
     share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass
@@ -541,6 +551,7 @@ def train(cfg):
     net = build_net(cfg).to(device).train()
     if cfg.init:
         load_weights(net, cfg.init)
+        print(f"starting from all {len(net.state_dict())} tensors of {cfg.init}")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer, context = make_optimizer(net, cfg), autocast(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
@@ -557,8 +568,11 @@ def train(cfg):
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(f"{out}: {N} images, {sum(p.numel() for p in net.parameters()):,} parameters, {total} steps of {cfg.batch} images, "
-              f"{WORLD} x {device.type}, {context.fast_dtype}" + f"\nresumed at step {step}" * (step > 0), flush=True)
+        size = sum(p.numel() for p in net.parameters())
+        print(f"{out}: {N} images, {size:,} parameters, {total} steps of {cfg.batch} images, {WORLD} x {device.type}, "
+              f"{context.fast_dtype}", flush=True)
+        if step:
+            print(f"resumed at step {step}", flush=True)
 
     def save(name, **parts):
         if RANK == 0:       # every process has the same state: one writes, none waits
@@ -579,7 +593,7 @@ def train(cfg):
         t = diffusion.draw_t(cfg.batch, gen)
         noise = torch.randn(x.shape, generator=gen, device=device)
 
-        # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over the processes.
+        # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
         loss = 0
         for i in range(cfg.accum):
             first = (RANK * cfg.accum + i) * share
@@ -610,23 +624,24 @@ def train(cfg):
         step += 1
         bar.update()
 
-        # 4. The log, every step at first, then every tenth. Only here does the CPU wait, and do processes agree to leave.
+        # 4. The log, every step at first, then every tenth. Here alone the CPU waits, and processes agree to leave.
         if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
             leave = torch.tensor(max(told, default=0), device=device)
             if WORLD > 1:
                 dist.all_reduce(window)
                 dist.all_reduce(leave, dist.ReduceOp.MAX)
             (loss, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
-            line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None, lr=group["lr"],
-                        grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
+            line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
+                        lr=group["lr"], grad_norm=norm.item(),
+                        images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
             log.append(line)
             if RANK == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
             if bad >= 10:
-                raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were skipped, and {out} "
-                                "is as it was last saved; try a lower --lr, or --amp off")
+                raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
+                                f"skipped and {out} left as last saved; try a lower --lr, or --amp off")
             window.zero_()
             logged = time.time()
 
@@ -649,15 +664,15 @@ def train(cfg):
     return leave if step < total else 0
 
 
-# ---- 9. Interface for probe.py, fid.py and you  [same text in every script] -------------------------------------------
+# ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
 
-LIMITS = dict(seed=(0, 2**32), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6), accum=(1, 10**6),
-              lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1), ema=(0, 0.999999),
+LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
+              accum=(1, 10**6), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1), ema=(0, 0.999999),
               save_every=(1, 10**6), sample_every=(1, 10**6))
 
 
 def make_config(dataset="glyphs", **overrides):
-    """The recipe of a data set, with changes. A UserError (a ValueError) names what is unknown or impossible, and what is not."""
+    """The recipe of a data set, with changes. UserError, a ValueError, says what is impossible and what is not."""
     fields = [f.name for f in dataclasses.fields(Config)]
     if unknown := set(overrides) - set(fields):
         raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
@@ -683,43 +698,43 @@ def build_net(cfg):
     return net
 
 
-def load_weights(net, path):
-    """Fills net from a bare state_dict with the official names, or from the averaged weights of a checkpoint."""
+def load_weights(net, path, weights="ema"):
+    """Fills net from a bare state_dict with the official names, or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
     try:
-        net.load_state_dict(state.get("ema", state))
+        net.load_state_dict(state.get(weights, state))
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
-    print(f"loaded all {len(net.state_dict())} tensors of {path}")
 
 
 def load_checkpoint(path, weights="ema"):
-    """(cfg, net in eval mode) from a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
+    """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
     cfg = make_config(**state["config"])
     net = build_net(cfg)
-    net.load_state_dict(state[weights])
+    load_weights(net, path, weights)
     return cfg, net.eval()
 
 
 @torch.no_grad()
 def features(net, x, t, noise, last=None):
-    """Pooled features of the images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
+    """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
     [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
-    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last or Backbone.choices(net.cfg)["layer"][-1])
+    last = last or Backbone.choices(net.cfg)["layer"][-1]
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
 
 
 def sample(net, cfg, seeds, batch=64, progress=False):
-    """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the number
-    of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The net sees
-    multiples of 8 images: matrix products with fewer rows use other kernels, which round differently."""
+    """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
+    number of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The
+    net sees multiples of 8 images: matrix products with fewer rows use other kernels, which round differently."""
     device, seeds, (C, S, _) = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset]
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     mine = list(range(RANK, len(seeds), WORLD))
-    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=not progress or RANK > 0):
+    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=None if progress and RANK == 0 else True):
         rows = mine[i:i + batch]
         noise = torch.zeros(len(rows) + -len(rows) % 8, C, S, S)
         for k, row in enumerate(rows):
@@ -731,7 +746,7 @@ def sample(net, cfg, seeds, batch=64, progress=False):
     return images.cpu()
 
 
-# ---- 10. Command line  [same text in every script] --------------------------------------------------------------------
+# ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
 
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
@@ -743,17 +758,20 @@ def fail(message):
 def parse_command_line(argv):
     """Every field of Config is a flag. Returns the fields that were given, and the other options."""
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        kind = dict(type=f.type, metavar=f.type.__name__)
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out and its settings; an error if there is none")
-    parser.add_argument("--sample", metavar="CKPT", help="no training: draw images from a checkpoint, one for each seed from --seed on")
-    parser.add_argument("--n", type=int, help="their number (64)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
+    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun takes --n for its own, so has --images")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
         fail(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ';'} --help lists all")
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}, args
 
@@ -762,10 +780,11 @@ def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
     if idle := set(given) - {"seed", "batch", "nfe", "device", "amp"}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
-    cfg, net = load_checkpoint(args.sample)
-    cfg, n = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given}), 64 if args.n is None else args.n
+    n = 64 if args.n is None else args.n
     if n < 1:
         raise UserError(f"--n {n}: must be at least 1")
+    cfg, net = load_checkpoint(args.sample)
+    cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given})
     images = sample(net.to(start(cfg)), cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
     if RANK == 0:
         path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"

@@ -38,7 +38,7 @@ def test_images_do_not_depend_on_the_processes(script, net, tmp_path):
         folder = tmp_path / str(processes)
         folder.mkdir()
         script.write_checkpoint(folder / "net.pt", script=script.SCRIPT, config=dataclasses.asdict(net.cfg), step=0, ema=net.state_dict())
-        grids.append(launch(script.SCRIPT, ["--sample", folder / "net.pt", "--n", 13, "--seed", 5, "--device", "cpu"], processes))
+        grids.append(launch(script.SCRIPT, ["--sample", folder / "net.pt", "--images", 13, "--seed", 5, "--device", "cpu"], processes))
     for processes, process in enumerate(grids, 1):
         status, out, err = finish(process)
         assert status == 0, err[-2000:]

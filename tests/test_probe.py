@@ -1,0 +1,132 @@
+"""probe.py: the heads are what separate training would give, the choice is honest, the outcome is written down."""
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import probe
+import uvit_sc
+from conftest import flags
+
+ARGS = argparse.Namespace(seed=0, epochs=6, batch=32, lr=4e-3, device=torch.device("cpu"))
+
+
+def blobs(n=200, cells=3, D=8, classes=4, seed=0):
+    """Features (cells, n, D) of which cell 1 alone tells the labels (n,)."""
+    gen = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=gen)
+    feats = torch.randn(cells, n, D, generator=gen)
+    feats[1, :, :classes] += 8 * torch.nn.functional.one_hot(labels, classes)
+    return feats.half(), labels
+
+
+def test_heads_together_equal_heads_apart():
+    """One fit of three cells against torch.nn.Linear trained alone: same start, same batches, same result."""
+    feats, labels = blobs()
+    W, b = probe.fit([feats], labels, 4, ARGS)
+    gen = torch.Generator().manual_seed(ARGS.seed)
+    starts = [(torch.rand(*shape, generator=gen) * 2 - 1) / 8 ** 0.5 for shape in ((3, 8, 4), (3, 1, 4))]
+    orders = [torch.randperm(200, generator=gen) for _ in range(ARGS.epochs)]
+    for cell in range(3):
+        head = torch.nn.Linear(8, 4)
+        head.weight.data, head.bias.data = starts[0][cell].T.clone(), starts[1][cell, 0].clone()
+        optimizer = torch.optim.Adam(head.parameters(), lr=ARGS.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ARGS.epochs)
+        for order in orders:
+            for rows in order.split(ARGS.batch):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(head(feats[cell, rows].float()), labels[rows]).backward()
+                optimizer.step()
+            schedule.step()
+        assert torch.allclose(W[cell].T, head.weight, atol=1e-5) and torch.allclose(b[cell, 0], head.bias, atol=1e-5)
+
+
+def test_accuracy_finds_the_telling_cell():
+    train, test = blobs(), blobs(seed=1)
+    scores = probe.accuracy(probe.fit([train[0]], train[1], 4, argparse.Namespace(**{**vars(ARGS), "epochs": 40})), *test)
+    assert scores[1] > 90 and max(scores[0], scores[2]) < 50
+
+
+def test_draws_are_used_in_turn():
+    """With two draws, epochs 0, 2, 4 see the first: a second draw of zeros leaves its epochs without signal."""
+    feats, labels = blobs()
+    one, two = (probe.fit(draws, labels, 4, ARGS)[0] for draws in ([feats], [feats, torch.zeros_like(feats)]))
+    assert not torch.allclose(one, two)
+    assert torch.equal(one, probe.fit([feats, feats], labels, 4, ARGS)[0])
+
+
+@pytest.fixture
+def run(small):
+    cfg = uvit_sc.make_config(**small, steps=2)
+    uvit_sc.train(cfg)
+    return Path(cfg.out)
+
+
+def test_from_checkpoint_to_files(run, capsys):
+    probe.main([str(run / "last.pt"), "--times", "1", "11", "--draws", "2", "--epochs", "2", "--device", "cpu"])
+    result = json.loads((run / "probe.json").read_text())
+    out = capsys.readouterr().out
+    assert result["layers"] == ["out_1", "cls_1", "out_2", "cls_2"] and result["times"] == [1, 11]
+    assert (result["train_images"], result["held_out_images"], result["test_images"]) == (64, 6, 32)
+    table = result["held_out_accuracy"]
+    best = max(max(row) for row in table)
+    assert table[result["times"].index(result["t"])][result["layers"].index(result["layer"])] == best
+    assert f"test accuracy {result['accuracy']:.2f} % at t = " in out and "ema weights of step 2" in out and "*" in out
+    assert (run / "probe.png").stat().st_size > 500
+
+
+def test_one_cell_needs_no_choice(run):
+    probe.main([str(run / "last.pt"), "--layers", "out_2", "--draws", "2", "--epochs", "2", "--device", "cpu"])
+    result = json.loads((run / "probe.json").read_text())
+    assert (result["layer"], result["t"]) == ("out_2", 11) and not (run / "probe.png").exists()
+
+
+def test_test_labels_do_not_touch_the_choice(run, monkeypatch):
+    """Test labels replaced by noise change the accuracy alone."""
+    arguments = [str(run / "last.pt"), "--draws", "1", "--epochs", "2", "--device", "cpu", "--times", "1", "21"]
+    results, true_load = [], uvit_sc.load_data
+    for noise in (False, True):
+        def load(cfg, train):
+            images, labels = true_load(cfg, train)
+            return (torch.randint_like(images, 256), torch.randint_like(labels, 2)) if noise and not train else (images, labels)
+        monkeypatch.setattr(uvit_sc, "load_data", load)
+        probe.main(arguments)
+        results.append(json.loads((run / "probe.json").read_text()))
+    for key in ("t", "layer", "held_out_accuracy"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["accuracy"] != results[1]["accuracy"]
+
+
+def test_extraction_repeats_itself(run):
+    cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
+    images, _ = uvit_sc.load_data(cfg, train=True)
+    one, two, other = (probe.extract(uvit_sc, net, images, 11, ["out_1", "cls_1"], seed, flip=True) for seed in (1, 1, 2))
+    assert one.shape == (2, 64, 160) and one.dtype == torch.float16
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nowhere.pt"], "nowhere.pt is no checkpoint that can be read"),
+    (["CKPT", "--layers", "out_9"], "--layers out_9: must be of out_1, cls_1"),
+    (["CKPT", "--times", "2000"], "--times 2000: must lie between 1 and 1000"),
+    (["CKPT", "--draws", "0"], "--draws 0: must lie between 1"),
+    (["CKPT", "--draws", "16"], "--draws 16: only 15 could be used"),
+    (["CKPT", "--grid", "--times", "1"], "--grid and --times"),
+    (["CKPT", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["CKPT", "--device", "cuda"], "--device cuda: this machine has none"),
+    (["CKPT", "--data_dir", "EMPTY"], "cannot download cifar-100-binary.tar.gz"),
+    (["OTHER"], "is a checkpoint of os"),
+])
+def test_bad_input(run, arguments, says, capsys, tmp_path, monkeypatch):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.setattr(uvit_sc, "DOWNLOADS", {k: (md5, "http://127.0.0.1:9/") for k, (md5, *_) in uvit_sc.DOWNLOADS.items()})
+    torch.save({"script": "os", "step": 1}, tmp_path / "other.pt")
+    names = {"CKPT": run / "last.pt", "OTHER": tmp_path / "other.pt", "EMPTY": tmp_path / "empty"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        probe.main([str(names.get(word, word)) for word in arguments])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("probe: ") and says in err
