@@ -84,7 +84,7 @@ DATASETS = {  # channels, side in pixels, classes
 
 # ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] -----------
 
-# Strokes of the ten digits, as on a seven-segment display: "10 70" is a line from x = 1, y = 0 to x = 7, y = 0; y is down.
+# Strokes of the ten digits, as on a seven-segment display: "10 78" is a line from x = 1, y = 0 to x = 7, y = 8 (down).
 DIGITS = [
     ["10 70 78 18 10"], ["70 78"], ["10 70 74 14 18 78"], ["10 70 78 18", "14 74"], ["10 14 74", "70 78"],
     ["70 10 14 74 78 18"], ["70 10 18 78 74 14"], ["10 70 78"], ["10 70 78 18 10", "14 74"], ["74 14 10 70 78 18"],
@@ -99,7 +99,7 @@ def draw_glyphs(n, seed):
     uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
     grid = np.arange(-7.5, 8, dtype=np.float32)
     x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
-    x, y = x0 - uniform(-1.1, 1.1), y0 - uniform(-1.1, 1.1)                               # to digit axes (n, 256): shift,
+    x, y = x0 - uniform(-1.1, 1.1), y0 - uniform(-1.1, 1.1)                         # to digit axes (n, 256): shift,
     u = uniform(-0.08, 0.08)                                                        # rotate by 2 atan(u), +-0.16 rad,
     x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
     x = (x + uniform(-0.15, 0.15) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
@@ -116,7 +116,7 @@ def draw_glyphs(n, seed):
     dark, light, swap = uniform(0, 0.3), uniform(0.65, 1), uniform(0, 1) < 0.5
     front = (np.where(swap, dark, light) + uniform(-0.04, 0.04, 3))[..., None]      # (n, 3, 1), a tint
     back = (np.where(swap, light, dark) + uniform(-0.04, 0.04, 3))[..., None]
-    back = back + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]    # a gradient
+    back = back + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]      # a gradient
     image = np.clip(back + (front - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
     return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
 
