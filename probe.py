@@ -213,8 +213,8 @@ def main(argv=None):
     print(f"test accuracy {result['accuracy']:.2f} % at t = {result['t']:g}, {result['layer']} "
           f"(raw pixels {result['raw_pixels']:.2f} %)")
     print(f"protocol: {args.weights} weights of step {step}, {cfg.dataset} {result['train_images']} + "
-          f"{result['test_images']} images, {args.draws} draws, {args.epochs} epochs, batch {args.batch}, lr {args.lr:g}, "
-          f"seed {args.seed}; {result['seconds']} s; {out / 'probe.json'}")
+          f"{result['test_images']} images, {args.draws} draws, {args.epochs} epochs, batch {args.batch}, "
+          f"lr {args.lr:g}, seed {args.seed}; {result['seconds']} s; {out / 'probe.json'}")
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ class UViT(nn.Module):
         for token in (self.pos_embed, self.cls_token) if self.extras == 2 else (self.pos_embed,):
             nn.init.trunc_normal_(token, std=0.02)
         if cfg.pos_init == "sincos":
-            place = time_token(torch.arange(S // cfg.patch), D // 2) / 2            # (S/p, D/2), for rows and for columns
+            place = time_token(torch.arange(S // cfg.patch), D // 2) / 2            # (S/p, D/2) for rows or columns
             grid = torch.cat([a.flatten(0, 1) for a in torch.broadcast_tensors(place[:, None], place[None])], dim=1)
             self.pos_embed.data[0, self.extras:] = grid
 
@@ -311,7 +311,8 @@ class UViT(nn.Module):
         """The values that some fields may take, given the others."""
         S, half = DATASETS[cfg.dataset][1], BACKBONES[cfg.backbone][1] // 2
         kinds = ("out", "cls") if cfg.self_cond == "cls" else ("out",)
-        return dict(self_cond=("cls", "none"), pos_init=("normal", "sincos"), patch=[p for p in range(1, S + 1) if S % p == 0],
+        return dict(self_cond=("cls", "none"), pos_init=("normal", "sincos"),
+                    patch=[p for p in range(1, S + 1) if S % p == 0],
                     layer=[f"{kind}_{k}" for k in range(1, half + 1) for kind in kinds])
 
     def forward(self, x, t, last=None):
@@ -699,7 +700,7 @@ def build_net(cfg):
 
 
 def load_weights(net, path, weights="ema"):
-    """Fills net from a bare state_dict with the official names, or from a checkpoint. Every tensor must be there and fit."""
+    """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
     try:
         net.load_state_dict(state.get(weights, state))
@@ -734,7 +735,8 @@ def sample(net, cfg, seeds, batch=64, progress=False):
     device, seeds, (C, S, _) = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset]
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     mine = list(range(RANK, len(seeds), WORLD))
-    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=None if progress and RANK == 0 else True):
+    quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
+    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=quiet):
         rows = mine[i:i + batch]
         noise = torch.zeros(len(rows) + -len(rows) % 8, C, S, S)
         for k, row in enumerate(rows):
@@ -750,7 +752,7 @@ def sample(net, cfg, seeds, batch=64, progress=False):
 
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
-    if RANK == 0:
+    if LOCAL_RANK == 0:     # once on each machine: a download may fail on one alone
         print(f"{SCRIPT}: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -768,7 +770,7 @@ def parse_command_line(argv):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
-    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun takes --n for its own, so has --images")
+    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun would take --n for its own")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
