@@ -379,9 +379,17 @@ def open_checkpoint(path, args, device):
     if args.nfe is not None:
         cfg = script.make_config(**{**dataclasses.asdict(cfg), "nfe": args.nfe})
     net, seeds = net.to(device), range(args.seed, args.seed + args.n)
-    draw = lambda batch: (script.sample(net, cfg, seeds[i:i + batch], batch=batch) for i in range(0, args.n, batch))
-    facts = dict(script=name, step=state.get("step"), weights=args.weights.replace("model", "raw"), nfe=cfg.nfe)
-    return Side(str(path), args.n, draw, cfg=cfg, facts=dict(facts, seeds=[seeds[0], seeds[-1]]))
+    facts = dict(script=name, step=state.get("step"), weights=args.weights.replace("model", "raw"), nfe=0)
+
+    def draw(batch):
+        evaluations = 0
+        for i in range(0, args.n, batch):
+            images = script.sample(net, cfg, seeds[i:i + batch], batch=batch)
+            evaluations += net.nfe * len(images)
+            yield images
+        side.facts["nfe"] = round(evaluations / args.n, 1)      # RK45 takes as many as an image needs
+    side = Side(str(path), args.n, draw, cfg=cfg, facts=dict(facts, seeds=[seeds[0], seeds[-1]]))
+    return side
 
 
 def open_side(word, args, device):
@@ -463,7 +471,7 @@ def describe(r):
     """Two lines: the score, and how it came about. For the tiny detector a third."""
     sides = [f"{k} {s['name']}, N {s['n'] or 'unknown'}" + f", sha256 {s['sha256']}" * bool(s["sha256"])
              + (" (statistics from the cache)" if s.get("cached") else "")
-             + (", {script} at step {step}, {weights} weights, {nfe} NFE, seeds {seeds[0]}-{seeds[1]}".format(**s)
+             + (", {script} at step {step}, {weights} weights, {nfe:g} NFE, seeds {seeds[0]}-{seeds[1]}".format(**s)
                 if "script" in s else "") for k, s in (("A", r["A"]), ("B", r["B"]))]
     score = "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"]) if r["inception_score"] else ""
     floor = ("\nfloor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model would get; the "

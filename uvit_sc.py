@@ -17,8 +17,8 @@ Run       python uvit_sc.py                                                 # gl
 Expect    Table 2 (2000 epochs, 4 GPUs): CIFAR-10 FID 4.13, accuracy 94.30 % (baseline 4.48, 93.67 %);
           CIFAR-100 FID 7.14, accuracy 72.04 % (baseline 7.35, 70.66 %). README.md: what two CPU cores reach.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, http.client, inspect, json, math, os
-import re, shutil, signal, sys, tarfile, time, urllib.request, zlib
+import argparse, concurrent.futures, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, http.client
+import inspect, json, math, os, re, shutil, signal, sys, tarfile, time, urllib.request, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +35,21 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     """Every field is a command-line flag and its comment the help text."""
-    dataset: str = "glyphs"      # glyphs | fashion_mnist | cifar10 | cifar100
-    data_dir: str = "data"       # downloads go here; files that lie here already are used
+    dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
+    data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
+    size: int = 0                # side of the images in pixels; 0: 64 for folders of images, others have their own
+    skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED
     init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
-    backbone: str = "uvit_s"     # a row of BACKBONES (Table 9)
+    backbone: str = "uvit_s"     # a name in Backbone.sizes (Table 9)
     patch: int = 2               # side of a patch in pixels (Table 9)
-    dropout: float = 0.0         # after attention and in the MLP; U-ViT has none
+    dropout: float = 0.0         # where the public implementations have it (Table 8); U-ViT has none
     time_scale: float = 1.0      # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
     pos_init: str = "normal"     # of positions: normal, as in U-ViT | sincos: knows the grid at once, for short runs
-    self_cond: str = "cls"       # cls: one learned token (Fig. 2a) | none: the baseline
-    layer: str = "out_2"         # best layer for the linear probe (Table 10)
+    self_cond: str = "cls"       # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
+    layer: str = "out_2"         # best layer for the linear probe; the pooled features are this layer's (Table 10)
     t_probe: float = 11          # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -56,12 +58,12 @@ class Config:
     accum: int = 1               # forward passes into which each process divides its share of the batch
     lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
     warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
-    beta1: float = 0.99          # of AdamW (official U-ViT configuration)
-    weight_decay: float = 0.03   # of AdamW (same), but none on biases and positions (Appendix A)
+    beta1: float = 0.99          # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
+    weight_decay: float = 0.03   # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11)
     # sampling
-    nfe: int = 100               # network evaluations per image (Table 8)
+    nfe: int = 100               # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
     # machine
     device: str = "auto"         # auto | cuda | cpu | mps
     amp: str = "auto"            # auto: bf16, else fp16, on CUDA and float32 elsewhere | off | bf16 | fp16
@@ -70,15 +72,17 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png
 
 
-TINY = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=1.5e-3, warmup=0.5, beta1=0.9, layer="out_1")
-RECIPES = {
-    "glyphs": dict(TINY, epochs=7, flip=False, save_every=1, sample_every=2),
-    "fashion_mnist": dict(TINY, epochs=2, save_every=1, sample_every=1),
+TINY_UVIT = dict(backbone="uvit_tiny", pos_init="sincos", batch=32, lr=2.5e-3, warmup=0.5, beta1=0.9, layer="out_1")
+RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
+    "glyphs": dict(TINY_UVIT, epochs=8, flip=False, save_every=1, sample_every=2),
+    "fashion_mnist": dict(TINY_UVIT, patch=4, epochs=6, save_every=1, sample_every=2),
     "cifar10": {},
     "cifar100": {},
+    **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"), dict(patch=4, layer="out_1", t_probe=66)),
 }
-DATASETS = {  # channels, side in pixels, classes
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
     "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100),
+    "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100), "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
@@ -93,16 +97,16 @@ DIGITS = [
 
 def draw_glyphs(n, seed):
     """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The same bytes everywhere:
-    RandomState's streams are frozen, and + - * / sqrt are exact in IEEE 754; hence no sin, exp, BLAS or
-    font. Dark on light and light on dark are equally likely, so single pixels say next to nothing about the class."""
+    RandomState's streams are frozen, and + - * / sqrt are exact in IEEE 754; hence no sin, exp, BLAS or font. Half of
+    the digits are lighter than the grey ground and half darker, so the mean of a pixel says little about the class."""
     rng, labels = np.random.RandomState(seed), np.arange(n) % 10
     uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
     grid = np.arange(-7.5, 8, dtype=np.float32)
     x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
-    x, y = x0 - uniform(-1.1, 1.1), y0 - uniform(-1.1, 1.1)                         # to digit axes (n, 256): shift,
-    u = uniform(-0.08, 0.08)                                                        # rotate by 2 atan(u), +-0.16 rad,
+    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                         # to digit axes (n, 256): shift,
+    u = uniform(-0.14, 0.14)                                                        # rotate by 2 atan(u), +-0.28 rad,
     x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
-    x = (x + uniform(-0.15, 0.15) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
+    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
     y = y / uniform(1.1, 1.35) + 4
     distance = np.full((n, 256), 99, np.float32)                                    # to the nearest stroke
     for digit, stroke in ((digit, stroke) for digit, strokes in enumerate(DIGITS) for stroke in strokes):
@@ -113,11 +117,10 @@ def draw_glyphs(n, seed):
             off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
             distance[digit::10] = np.minimum(distance[digit::10], off)
     ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                      # (n, 1, 256), one pixel of blur
-    dark, light, swap = uniform(0, 0.3), uniform(0.65, 1), uniform(0, 1) < 0.5
-    front = (np.where(swap, dark, light) + uniform(-0.04, 0.04, 3))[..., None]      # (n, 3, 1), a tint
-    back = (np.where(swap, light, dark) + uniform(-0.04, 0.04, 3))[..., None]
-    back = back + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]      # a gradient
-    image = np.clip(back + (front - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
+    front = np.where(uniform(0, 1) < 0.5, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)     # a tint
+    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                              # (n, 3)
+    back = back[..., None] + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]   # a gradient
+    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
     return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
 
 
@@ -131,7 +134,19 @@ DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it
     "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
     "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
     "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
+    "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
 }
+IMAGENET100 = """
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
+n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
+n02104029 n02105505 n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045
+n02138441 n02172182 n02231487 n02259212 n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443
+n02869837 n02877765 n02974003 n03017168 n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278
+n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869
+n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
+n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275
+n07831146 n07836838 n13037406 n13040303
+""".split()      # the classes of CMC (Tian et al. 2020)
 
 
 class UserError(ValueError):
@@ -196,22 +211,114 @@ def read_fashion_mnist(cfg, train):
     return np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None], arrays[1]      # 28 x 28 in the middle of 32 x 32
 
 
+def read_tiny_imagenet(cfg, train):
+    """The published zip, read in place. The classes of the test (val) images stand in a list, shuffled."""
+    with zipfile.ZipFile(fetch("tiny-imagenet-200.zip", cfg.data_dir)) as archive:
+        top, names = "tiny-imagenet-200/", sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
+        names = [name for name in names if name.startswith(f"{top}train/")]
+        folders = [name.split("/")[2] for name in names]
+        classes = sorted(set(folders))
+        if not train:
+            lines = archive.read(f"{top}val/val_annotations.txt").decode().splitlines()
+            names, folders = zip(*(line.split("\t")[:2] for line in lines))
+            names = [f"{top}val/images/{name}" for name in names]
+        labels = [classes.index(folder) for folder in folders]
+        return decode_once(cfg, train, names, labels, [archive.getinfo(name).CRC for name in names], archive.open)
+
+
+def read_folders(cfg, train):
+    """Folders of class folders, sorted: train/ and val/ (or test/) in DATA_DIR/DATASET, or else in DATA_DIR. With
+    --dataset folder, the class folders may also lie there without train/."""
+    root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
+    home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
+    split = home if train else next((root / s for s in ("val", "test") if (root / s).is_dir()), root / "val")
+    if not home.is_dir() or not split.is_dir():
+        raise UserError(f"--data_dir {cfg.data_dir}: there is no folder {split if home.is_dir() else home}; "
+                        f"--dataset {cfg.dataset} reads train/CLASS/*.jpg and val/CLASS/*.jpg there")
+    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if cfg.dataset == "imagenet100":
+        classes = [name for name in classes if name in IMAGENET100]
+    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted((split / name).rglob("*"))
+             if path.suffix.lower() in kinds]
+    if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
+        raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
+                        f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
+    names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
+    sizes = [path.stat().st_size for path, _ in files]
+    return decode_once(cfg, train, names, labels, sizes, lambda name: open(root / name, "rb"))
+
+
+def centre_crop(image, size):
+    """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
+    large, then resized by a bicubic one until the shorter side fits; the middle."""
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = np.asarray(image.resize([round(side * scale) for side in image.size], Image.BICUBIC))
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top:top + size, left:left + size].transpose(2, 0, 1)
+
+
+def decode_once(cfg, train, names, labels, stamps, open_file):
+    """Images (N, 3, S, S), mapped from one file in data_dir, and labels (N,). The first run decodes, in parallel, and
+    writes the file: all images, then all labels as uint16. Its name has a hash of all that it depends on."""
+    key = hashlib.sha256(repr((list(names), list(labels), stamps, cfg.skip_bad)).encode()).hexdigest()[:12]
+    path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{'train' if train else 'test'}-{key}.u8")
+
+    def decode(name):
+        try:
+            with open_file(name) as file, Image.open(file) as image:
+                return centre_crop(image, cfg.size).tobytes()
+        except Exception as error:      # a damaged image makes Pillow stumble in many ways
+            return error
+
+    if not path.exists():
+        part, kept, bad = path.with_name(f".{path.name}.{os.getpid()}.part"), [], []
+        try:
+            with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
+                    for name, label, pixels in zip(names[i:i + 256], labels[i:], pool.map(decode, names[i:i + 256])):
+                        if isinstance(pixels, bytes):
+                            file.write(pixels)
+                            kept.append(label)
+                            continue
+                        bad.append(name)
+                        if not cfg.skip_bad:
+                            raise UserError(f"{name} in --data_dir {cfg.data_dir} cannot be decoded ({pixels}); "
+                                            "remove it, or give --skip_bad")
+                file.write(np.array(kept, np.uint16).tobytes())
+            if bad:
+                print(f"note: {len(bad)} of {len(names)} images cannot be decoded and are skipped, {bad[0]} first",
+                      file=sys.stderr)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    shape = (path.stat().st_size // (3 * cfg.size ** 2 + 2), 3, cfg.size, cfg.size)
+    labels = np.fromfile(path, np.uint16, offset=math.prod(shape))
+    return np.memmap(path, np.uint8, "c", shape=shape), labels      # "c": changes stay in memory
+
+
 def load_data(cfg, train):
     """The training or test images of cfg.dataset, uint8 (N, C, H, W), and labels, int64 (N,), as CPU tensors."""
-    C, S, classes = DATASETS[cfg.dataset]
+    (C, _, classes), S = DATASETS[cfg.dataset], cfg.size
+    read = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
+                tiny_imagenet=read_tiny_imagenet).get(cfg.dataset, read_folders)
     try:
         if cfg.dataset == "glyphs":
             images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
         else:
-            images, labels = (read_fashion_mnist if cfg.dataset == "fashion_mnist" else read_cifar)(cfg, train)
-        if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < classes:
+            images, labels = read(cfg, train)
+        if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < (classes or 2**16):
             raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
     except UserError:
         raise
-    except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged; delete them, and "
-                        f"the next run downloads them ({' '.join(str(error).split())})")
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+                        f"the next run makes or downloads them anew ({' '.join(str(error).split())})")
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
 
 
 def to_float(images):   # uint8 -> float32 in [-1, 1]
@@ -223,11 +330,6 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
 
 
 # ---- 3. Backbone: U-ViT (Bao et al. 2023, Table 9) with the official parameter names ---------------------------------
-
-BACKBONES = {  # width, depth, attention heads
-    "uvit_tiny": (160, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
-}
-
 
 def time_token(t, width):
     """Sinusoids of the times t (B,): float32 (B, width), cosines first, frequencies from 1 down to 1/10000."""
@@ -276,10 +378,11 @@ class UViTBlock(nn.Module):
 
 class UViT(nn.Module):
     """Everything is a token: time, [CLS] and patches. First half in, second half out, with long skips between them."""
+    sizes = {"uvit_tiny": (96, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}      # width, depth, heads
 
     def __init__(self, cfg):
         super().__init__()
-        (C, S, _), (D, depth, heads) = DATASETS[cfg.dataset], BACKBONES[cfg.backbone]
+        C, S, (D, depth, heads) = DATASETS[cfg.dataset][0], cfg.size, self.sizes[cfg.backbone]
         block = functools.partial(UViTBlock, D, heads, cfg.dropout)
         self.patch, self.width = cfg.patch, D
         self.extras = 2 if cfg.self_cond == "cls" else 1                            # [SC] tokens before the patches
@@ -309,7 +412,7 @@ class UViT(nn.Module):
     @staticmethod
     def choices(cfg):
         """The values that some fields may take, given the others."""
-        S, half = DATASETS[cfg.dataset][1], BACKBONES[cfg.backbone][1] // 2
+        S, half = cfg.size, UViT.sizes[cfg.backbone][1] // 2
         kinds = ("out", "cls") if cfg.self_cond == "cls" else ("out",)
         return dict(self_cond=("cls", "none"), pos_init=("normal", "sincos"),
                     patch=[p for p in range(1, S + 1) if S % p == 0],
@@ -516,7 +619,8 @@ def save_loss_plot(log, path):
 
 # ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
 
-FREE = "data_dir out init epochs steps accum device compile save_every sample_every".split()    # may change in mid-run
+# What may change in mid-run.
+FREE = "data_dir skip_bad out init epochs steps accum device compile save_every sample_every".split()
 
 
 def restore(path, cfg, parts):
@@ -543,8 +647,10 @@ def train(cfg):
         raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
                         f"use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
-        images = load_data(cfg, train=True)[0].to(device)       # uint8: all of CIFAR takes 150 MB
+        images = load_data(cfg, train=True)[0]
     N = len(images)
+    if images.nbytes < 4e9:     # all of CIFAR takes 0.2 GB, ImageNet100 at 64 x 64 takes 1.6 GB
+        images = images.to(device)
     total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
 
     # The state of the run, and where it stands.
@@ -589,7 +695,7 @@ def train(cfg):
     while step < total and not leave:
         # 1. All that is random, for the global batch.
         gen = rng(cfg.seed, step, 0, device=device)
-        x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(device)]                  # uint8 (batch, C, H, W)
+        x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(images.device)].to(device)    # uint8 (batch, C, H, W)
         flip = torch.rand((cfg.batch, 1, 1, 1), generator=gen, device=device) < 0.5 * cfg.flip
         t = diffusion.draw_t(cfg.batch, gen)
         noise = torch.randn(x.shape, generator=gen, device=device)
@@ -668,8 +774,8 @@ def train(cfg):
 # ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
 
 LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
-              accum=(1, 10**6), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1), ema=(0, 0.999999),
-              save_every=(1, 10**6), sample_every=(1, 10**6))
+              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1),
+              ema=(0, 0.999999), save_every=(1, 10**6), sample_every=(1, 10**6))
 
 
 def make_config(dataset="glyphs", **overrides):
@@ -679,16 +785,21 @@ def make_config(dataset="glyphs", **overrides):
         raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
-    cfg = Config(dataset, **{**RECIPES[dataset], **overrides})
+    recipe = {**RECIPES[dataset], **overrides}
+    special = recipe.get(recipe.get("backbone", Config.backbone), {})
+    cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
+    cfg.size = cfg.size or DATASETS[dataset][1]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{dataset}-{cfg.self_cond}-s{cfg.seed}"
-    choices = dict(backbone=BACKBONES, device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
-    choices |= Backbone.choices(cfg) if cfg.backbone in BACKBONES else {}
-    for name, values in choices.items():
-        if getattr(cfg, name) not in values:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(map(str, values))}")
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
+    choices = dict(backbone=Backbone.sizes, device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
+    if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
+        choices |= dict(size=DATASETS[dataset][1:2])
+    choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}
+    for name, values in choices.items():
+        if getattr(cfg, name) not in values:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(map(str, values))}")
     return cfg
 
 
@@ -731,9 +842,12 @@ def features(net, x, t, noise, last=None):
 def sample(net, cfg, seeds, batch=64, progress=False):
     """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
     number of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The
-    net sees multiples of 8 images: matrix products with fewer rows use other kernels, which round differently."""
-    device, seeds, (C, S, _) = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset]
+    net sees multiples of 8 images: matrix products with fewer rows use other kernels, which round differently. net.nfe
+    is then the mean number of network evaluations for an image."""
+    device, seeds = next(net.parameters()).device, list(seeds)
+    C, S, diffusion = DATASETS[cfg.dataset][0], cfg.size, Diffusion(cfg)
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
+    evaluations = torch.zeros(len(seeds), device=device)
     mine = list(range(RANK, len(seeds), WORLD))
     quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
     for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=quiet):
@@ -742,9 +856,12 @@ def sample(net, cfg, seeds, batch=64, progress=False):
         for k, row in enumerate(rows):
             noise[k] = torch.randn(C, S, S, generator=torch.Generator().manual_seed(seeds[row]))
         with autocast(cfg, device):
-            images[rows] = to_uint8(Diffusion(cfg).sample(net, noise.to(device)))[:len(rows)]
+            images[rows] = to_uint8(diffusion.sample(net, noise.to(device)))[:len(rows)]
+        evaluations[rows] = torch.as_tensor(diffusion.nfe, device=device).float().expand(len(noise))[:len(rows)]
     if WORLD > 1:
         dist.all_reduce(images)     # the other processes' rows are zero
+        dist.all_reduce(evaluations)
+    net.nfe = evaluations.mean().item()
     return images.cpu()
 
 
@@ -780,18 +897,19 @@ def parse_command_line(argv):
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    if idle := set(given) - {"seed", "batch", "nfe", "device", "amp"}:
+    if idle := set(given) - {"seed", "batch", "nfe", "tol", "device", "amp"}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
     n = 64 if args.n is None else args.n
     if n < 1:
         raise UserError(f"--n {n}: must be at least 1")
     cfg, net = load_checkpoint(args.sample)
     cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given})
-    images = sample(net.to(start(cfg)), cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
+    net.to(start(cfg))
+    images = sample(net, cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
     if RANK == 0:
         path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"
         save_grid(images, path)
-        print(f"{path}: {n} images from the ema weights, {cfg.nfe} network evaluations each")
+        print(f"{path}: {n} images from the ema weights, {net.nfe:g} network evaluations each")
 
 
 def main(argv=None):

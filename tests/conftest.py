@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc") if (ROOT / f"{name}.py").exists()]
-SMALL = dict(dataset="cifar100", backbone="uvit_tiny", patch=8, batch=8, nfe=2, epochs=2, warmup=0.0, device="cpu")
+RUN = dict(batch=8, nfe=2, epochs=2, warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
+SMALL = dict(RUN, dataset="cifar100", backbone="uvit_tiny", patch=8)            # uvit_sc.py: 16 patches
+SMALL_UNET = dict(RUN, dataset="folder", size=8, backbone="unet_tiny", layer="out_3")
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +56,24 @@ def cifar(tmp_path_factory):
     return write_cifar(tmp_path_factory.mktemp("cifar"))
 
 
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of class folders: 64 images of 12 x 10 pixels for training, 32 for testing."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
+    for split, n in (("train", 16), ("val", 8)):
+        for name in "abcd":
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.randint(0, 256, (10, 12, 3), np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
 @pytest.fixture
-def small(cifar, tmp_path):
-    """Fields of a run that takes a second: few images, few patches, two network evaluations per image."""
+def small(request, cifar, photos, tmp_path):
+    """Fields of a run that takes a second: few images, few pixels or patches, two network evaluations per image."""
+    script = request.getfixturevalue("script") if "script" in request.fixturenames else None
+    if script and script.Backbone.__name__ == "UNet":
+        return dict(SMALL_UNET, data_dir=str(photos), out=str(tmp_path / "run"))
     return dict(SMALL, data_dir=str(cifar), out=str(tmp_path / "run"))
 
 

@@ -18,7 +18,7 @@ def ends_with_one_line(script, arguments, capsys):
     return err
 
 
-@pytest.mark.parametrize("arguments, says", [
+BAD = [
     (["--learning_rate", "1"], "unknown argument --learning_rate"),
     (["--epoch", "1"], "did you mean --epochs?"),
     (["words"], "unknown argument words"),
@@ -31,13 +31,14 @@ def ends_with_one_line(script, arguments, capsys):
     (["--ema", "1"], "--ema 1.0: must lie between"),
     (["--seed", "-1"], "--seed -1: must lie between"),
     (["--dropout", "1"], "--dropout 1.0: must lie between"),
-    (["--nfe", "2000"], "--nfe 2000: must lie between 1 and 1000"),
-    (["--t_probe", "0"], "--t_probe 0"),
-    (["--self_cond", "maybe"], "--self_cond maybe: must be one of cls, none"),
-    (["--backbone", "resnet"], "--backbone resnet: must be one of uvit_"),
-    (["--layer", "out_9"], "--layer out_9: must be one of out_1, "),
-    (["--self_cond", "none", "--layer", "cls_1"], "--layer cls_1: must be one of out_1, "),
-    (["--patch", "5"], "--patch 5: must be one of 1, 2, 4, 8, 16"),
+    (["--nfe", "2000"], "--nfe 2000: must lie between "),
+    (["--t_probe", "-1"], "--t_probe -1"),
+    (["--self_cond", "maybe"], "--self_cond maybe: must be one of "),
+    (["--backbone", "resnet"], "--backbone resnet: must be one of "),
+    (["--layer", "out_99"], "--layer out_99: must be one of out_1, "),
+    (["--layer", "cls_9"], "--layer cls_9: must be one of out_1, "),
+    (["--dataset", "cifar10", "--size", "64"], "--size 64: must be one of 32"),
+    (["--dataset", "folder", "--size", "7"], "--size 7: must lie between 8 and 1024"),
     (["--device", "tpu"], "--device tpu: must be one of auto"),
     (["--device", "cuda"], "--device cuda: this machine has none; use --device cpu"),
     (["--amp", "int8"], "--amp int8: must be one of auto, off"),
@@ -46,14 +47,27 @@ def ends_with_one_line(script, arguments, capsys):
     (["--resume"], "last.pt: no such file"),
     (["--n", "4"], "--n goes with --sample"),
     (["--sample", "nowhere.pt"], "nowhere.pt: no such file"),
-])
-def test_bad_input(arguments, says, capsys, tmp_path, monkeypatch):
-    import uvit_sc
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+]
+BAD_FOR = {
+    "uvit_sc": [(["--patch", "5"], "--patch 5: must be one of 1, 2, 4, 8, 16"),
+                (["--dataset", "folder", "--size", "66"], "--patch 4: must be one of 1, 2, 3, 6, 11, 22, 33, 66"),
+                (["--self_cond", "none", "--layer", "cls_1"], "--layer cls_1: must be one of out_1, ")],
+    "ddpm_sc": [(["--dataset", "folder", "--size", "60"], "--size 60: must be a multiple of 8"),
+                (["--self_cond", "cls"], "--self_cond cls: must be one of adaptive, add, none")],
+    "edm_sc": [(["--t_probe", "100"], "--t_probe 100.0: must lie between 0.002 and 80")],
+    "rf_sc": [(["--t_probe", "11"], "--t_probe 11.0: must lie between 0 and 1"),
+              (["--tol", "0"], "--tol 0.0: must lie between 1e-06 and 1")],
+}
+
+
+def test_bad_input(script, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert says in ends_with_one_line(uvit_sc, arguments, capsys)
-    assert list(tmp_path.iterdir()) == []
+    for arguments, says in BAD + BAD_FOR.get(script.SCRIPT, []):
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        line = ends_with_one_line(script, arguments, capsys)
+        assert says in line, (arguments, line)
+        assert list(tmp_path.iterdir()) == [], arguments
 
 
 def test_bad_checkpoints(small, capsys, tmp_path):
@@ -85,7 +99,7 @@ def test_missing_data_names_the_remedy(capsys, tmp_path, monkeypatch):
 
 
 def test_make_config_lists_what_is_valid(script):
-    with pytest.raises(ValueError, match="glyphs, fashion_mnist, cifar10, cifar100"):
+    with pytest.raises(ValueError, match="glyphs, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet100, imagenet, folder"):
         script.make_config("mnist")
     with pytest.raises(ValueError, match="unknown field learning_rate.*weight_decay"):
         script.make_config(learning_rate=1)

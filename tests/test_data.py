@@ -23,7 +23,7 @@ def test_glyphs_are_the_same_bytes_everywhere(uvit_sc):
     images, labels = uvit_sc.load_data(uvit_sc.make_config("glyphs"), train=False)
     assert images.shape == (4000, 3, 16, 16) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert labels.bincount().tolist() == [400] * 10
-    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "cff578c711397108"
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "dfaae6a08f6299d2"
     again, _ = uvit_sc.draw_glyphs(100, seed=1)
     assert not np.array_equal(again, uvit_sc.draw_glyphs(100, seed=2)[0])
 

@@ -103,7 +103,7 @@ def test_extraction_repeats_itself(run):
     cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
     images, _ = uvit_sc.load_data(cfg, train=True)
     one, two, other = (probe.extract(uvit_sc, net, images, 11, ["out_1", "cls_1"], seed, flip=True) for seed in (1, 1, 2))
-    assert one.shape == (2, 64, 160) and one.dtype == torch.float16
+    assert one.shape == (2, 64, net.width) and one.dtype == torch.float16
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 

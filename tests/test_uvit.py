@@ -71,7 +71,7 @@ def test_cls_reads_and_is_read(net):
 def test_features(net):
     """Every layer, pooled over patches alone; stopping early changes nothing; the net behind the last layer is not run."""
     layers, (x, noise) = net.choices(net.cfg)["layer"], torch.randn(2, 5, 3, 16, 16)
-    width, _, _ = uvit_sc.BACKBONES[net.cfg.backbone]
+    width, _, _ = uvit_sc.UViT.sizes[net.cfg.backbone]
     full = features(net, x, 11, noise)
     assert list(full) == layers and all(f.shape == (5, width) and f.dtype == torch.float32 for f in full.values())
     outputs = []

@@ -1,0 +1,1023 @@
+"""DDAE++ with rectified flow and UNets in pixel space, in one file: data, network, training, sampling, features.
+
+Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2-4 results, Tables 8-11 settings.
+Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
+          the best layer's map, averaged over positions, is added to what conditions all layers after it. The lines
+          are marked [SC]. Cost: 460,288 parameters, 1 % compute.
+Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t in [0, 1], 0 = data
+          loss = || v_theta(x_t, t) - (eps - x_0) ||^2    the velocity dx_t / dt
+          sample = RK45 on dx / dt = v_theta(x, t)        140-160 network evaluations, as many as an image needs
+Careful   This self-conditioning hands the network its own *features*. The method of the same name in Analog Bits
+          (Chen et al. 2022) hands it its previous estimate of x_0: something else.
+
+Run       python rf_sc.py                                                 # glyphs: two CPU cores, 5 minutes
+          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100         # the paper's setting, 35.7M parameters
+          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100 --self_cond none        # its baseline
+          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100 --backbone ddpmpp       # 56.5M parameters
+          python rf_sc.py --sample runs/.../last.pt --n 64                # a grid of images
+Expect    Table 2 (2000 epochs, 4 GPUs), FID and accuracy, baseline in brackets:
+          CIFAR-10  ddpm 3.67, 90.91 % (3.89, 90.67 %); ddpmpp 2.42, 93.72 % (2.54, 93.97 %)
+          CIFAR-100 ddpm 6.25, 62.83 % (6.49, 60.84 %); ddpmpp 4.29, 68.49 % (4.07, 67.46 %)
+          README.md: what two CPU cores reach.
+"""
+import argparse, concurrent.futures, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, http.client
+import inspect, json, math, os, re, shutil, signal, sys, tarfile, time, urllib.request, zipfile, zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+
+# ---- 1. Configuration: Tables 8-11 as data ---------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """Every field is a command-line flag and its comment the help text."""
+    dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
+    data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
+    size: int = 0                # side of the images in pixels; 0: 64 for folders of images, others have their own
+    skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED
+    init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
+    seed: int = 0                # all randomness of a step is a function of (seed, step)
+    # network
+    backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
+    dropout: float = 0.1         # where the public implementations have it (Table 8); U-ViT has none
+    self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
+    layer: str = "out_7"         # best layer for the linear probe; the pooled features are this layer's (Table 10)
+    t_probe: float = 0.06        # best time for the linear probe (Table 10)
+    # optimisation
+    epochs: int = 2000           # passes over the training images (Table 11)
+    steps: int = 0               # if > 0: stop after so many optimizer steps, whatever epochs says
+    batch: int = 512             # images per optimizer step, over all processes (Table 11)
+    accum: int = 1               # forward passes into which each process divides its share of the batch
+    lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
+    warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
+    beta1: float = 0.9           # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
+    weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
+    ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
+    flip: bool = True            # mirror half of the images (Table 11)
+    # sampling
+    nfe: int = 0                 # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
+    tol: float = 1e-5            # relative and absolute tolerance of RK45 (SciPy's and torchdiffeq's usual 1e-5)
+    # machine
+    device: str = "auto"         # auto | cuda | cpu | mps
+    amp: str = "auto"            # auto: bf16, else fp16, on CUDA and float32 elsewhere | off | bf16 | fp16
+    compile: bool = False        # torch.compile the network
+    save_every: int = 200        # epochs between ckpt_EPOCH.pt; last.pt is also renewed every ten minutes
+    sample_every: int = 50       # epochs between samples_EPOCH.png
+
+
+TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_3")
+RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
+    "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=2),
+    "fashion_mnist": dict(TINY_UNET, epochs=2, save_every=1, sample_every=1),
+    "cifar10": dict(ddpmpp=dict(batch=256, layer="out_8")),
+    "cifar100": dict(ddpmpp=dict(batch=256, layer="out_8")),
+    **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
+                    dict(layer="out_5", t_probe=0.2286, ddpmpp=dict(batch=256))),
+}
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100),
+    "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100), "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+}
+
+
+# ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] -----------
+
+# Strokes of the ten digits, as on a seven-segment display: "10 78" is a line from x = 1, y = 0 to x = 7, y = 8 (down).
+DIGITS = [
+    ["10 70 78 18 10"], ["70 78"], ["10 70 74 14 18 78"], ["10 70 78 18", "14 74"], ["10 14 74", "70 78"],
+    ["70 10 14 74 78 18"], ["70 10 18 78 74 14"], ["10 70 78"], ["10 70 78 18 10", "14 74"], ["74 14 10 70 78 18"],
+]
+
+
+def draw_glyphs(n, seed):
+    """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The same bytes everywhere:
+    RandomState's streams are frozen, and + - * / sqrt are exact in IEEE 754; hence no sin, exp, BLAS or font. Half of
+    the digits are lighter than the grey ground and half darker, so the mean of a pixel says little about the class."""
+    rng, labels = np.random.RandomState(seed), np.arange(n) % 10
+    uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
+    grid = np.arange(-7.5, 8, dtype=np.float32)
+    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
+    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                         # to digit axes (n, 256): shift,
+    u = uniform(-0.14, 0.14)                                                        # rotate by 2 atan(u), +-0.28 rad,
+    x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
+    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
+    y = y / uniform(1.1, 1.35) + 4
+    distance = np.full((n, 256), 99, np.float32)                                    # to the nearest stroke
+    for digit, stroke in ((digit, stroke) for digit, strokes in enumerate(DIGITS) for stroke in strokes):
+        points = [np.array([int(p[0]), int(p[1])], np.float32) for p in stroke.split()]
+        for (ax, ay), (bx, by) in zip(points, points[1:]):
+            px, py, dx, dy = x[digit::10] - ax, y[digit::10] - ay, bx - ax, by - ay
+            along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+            off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+            distance[digit::10] = np.minimum(distance[digit::10], off)
+    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                      # (n, 1, 256), one pixel of blur
+    front = np.where(uniform(0, 1) < 0.5, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)     # a tint
+    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                              # (n, 3)
+    back = back[..., None] + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]   # a gradient
+    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+
+
+CIFAR = "https://www.cs.toronto.edu/~kriz/"
+CIFAR10_MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it, in order of trial
+    "cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", CIFAR, CIFAR10_MIRROR),
+    "cifar-100-binary.tar.gz": ("03b5dce01913d631647c71ecec9e9cb8", CIFAR),
+    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", FASHION),
+    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
+    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
+    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
+    "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
+}
+IMAGENET100 = """
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
+n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
+n02104029 n02105505 n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045
+n02138441 n02172182 n02231487 n02259212 n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443
+n02869837 n02877765 n02974003 n03017168 n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278
+n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869
+n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
+n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275
+n07831146 n07836838 n13037406 n13040303
+""".split()      # the classes of CMC (Tian et al. 2020)
+
+
+class UserError(ValueError):
+    """What the user can mend. The command line prints it as one line and ends with status 2."""
+
+
+def fetch(name, folder):
+    """Path of a file of DOWNLOADS: the one in `folder`, or a download. A download gets its name only when complete and
+    of the right hash: later runs can trust what they find. A file put there by hand may differ, and we say so."""
+    md5, *mirrors = DOWNLOADS[name]
+    path, faults = Path(folder) / name, []
+    if path.exists():
+        if hashlib.md5(path.read_bytes()).hexdigest() != md5:
+            print(f"note: {path} is used, but it is not the published file (MD5 {md5})", file=sys.stderr)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{name}.{os.getpid()}.part")
+    for url in (mirror + name for mirror in mirrors):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
+                with tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None) as stream:
+                    shutil.copyfileobj(stream, file)
+            found = hashlib.md5(part.read_bytes()).hexdigest()
+            if found != md5:
+                raise OSError(f"{part.stat().st_size} bytes came, with MD5 {found}")
+            os.replace(part, path)
+            return path
+        except (OSError, http.client.HTTPException) as error:
+            faults.append(f"{url}: {error}")
+        finally:
+            part.unlink(missing_ok=True)
+    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} into {folder}, "
+                    "or name the folder that holds it with --data_dir")
+
+
+def read_cifar(cfg, train):
+    """The binary archives, no pickle: records of one label byte (CIFAR-100: coarse, fine) and 3 x 32 x 32 pixels."""
+    if cfg.dataset == "cifar10":
+        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin/", 1
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    else:
+        archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
+        files = ["train.bin" if train else "test.bin"]
+    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # read, never extracted: paths in it do no harm
+        data = b"".join(tar.extractfile(folder + name).read() for name in files)
+    records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
+    return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
+
+
+def read_fashion_mnist(cfg, train):
+    """IDX files: big-endian sizes, then bytes. From data_dir, else Debian's dataset-fashion-mnist, else a download."""
+    arrays = []
+    for kind, dims in ("images", 3), ("labels", 1):
+        name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
+        debian = Path("/usr/share/datasets/fashion-mnist") / name
+        here = debian.exists() and not (Path(cfg.data_dir) / name).exists()
+        data = gzip.decompress((debian if here else fetch(name, cfg.data_dir)).read_bytes())
+        magic, *shape = np.frombuffer(data[:4 + 4 * dims], ">i4")
+        if magic != 0x800 + dims:                               # 0x08: unsigned bytes
+            raise ValueError(f"{name} begins with {magic:#x}")
+        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
+    return np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None], arrays[1]      # 28 x 28 in the middle of 32 x 32
+
+
+def read_tiny_imagenet(cfg, train):
+    """The published zip, read in place. The classes of the test (val) images stand in a list, shuffled."""
+    with zipfile.ZipFile(fetch("tiny-imagenet-200.zip", cfg.data_dir)) as archive:
+        top, names = "tiny-imagenet-200/", sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
+        names = [name for name in names if name.startswith(f"{top}train/")]
+        folders = [name.split("/")[2] for name in names]
+        classes = sorted(set(folders))
+        if not train:
+            lines = archive.read(f"{top}val/val_annotations.txt").decode().splitlines()
+            names, folders = zip(*(line.split("\t")[:2] for line in lines))
+            names = [f"{top}val/images/{name}" for name in names]
+        labels = [classes.index(folder) for folder in folders]
+        return decode_once(cfg, train, names, labels, [archive.getinfo(name).CRC for name in names], archive.open)
+
+
+def read_folders(cfg, train):
+    """Folders of class folders, sorted: train/ and val/ (or test/) in DATA_DIR/DATASET, or else in DATA_DIR. With
+    --dataset folder, the class folders may also lie there without train/."""
+    root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
+    home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
+    split = home if train else next((root / s for s in ("val", "test") if (root / s).is_dir()), root / "val")
+    if not home.is_dir() or not split.is_dir():
+        raise UserError(f"--data_dir {cfg.data_dir}: there is no folder {split if home.is_dir() else home}; "
+                        f"--dataset {cfg.dataset} reads train/CLASS/*.jpg and val/CLASS/*.jpg there")
+    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if cfg.dataset == "imagenet100":
+        classes = [name for name in classes if name in IMAGENET100]
+    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted((split / name).rglob("*"))
+             if path.suffix.lower() in kinds]
+    if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
+        raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
+                        f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
+    names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
+    sizes = [path.stat().st_size for path, _ in files]
+    return decode_once(cfg, train, names, labels, sizes, lambda name: open(root / name, "rb"))
+
+
+def centre_crop(image, size):
+    """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
+    large, then resized by a bicubic one until the shorter side fits; the middle."""
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = np.asarray(image.resize([round(side * scale) for side in image.size], Image.BICUBIC))
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top:top + size, left:left + size].transpose(2, 0, 1)
+
+
+def decode_once(cfg, train, names, labels, stamps, open_file):
+    """Images (N, 3, S, S), mapped from one file in data_dir, and labels (N,). The first run decodes, in parallel, and
+    writes the file: all images, then all labels as uint16. Its name has a hash of all that it depends on."""
+    key = hashlib.sha256(repr((list(names), list(labels), stamps, cfg.skip_bad)).encode()).hexdigest()[:12]
+    path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{'train' if train else 'test'}-{key}.u8")
+
+    def decode(name):
+        try:
+            with open_file(name) as file, Image.open(file) as image:
+                return centre_crop(image, cfg.size).tobytes()
+        except Exception as error:      # a damaged image makes Pillow stumble in many ways
+            return error
+
+    if not path.exists():
+        part, kept, bad = path.with_name(f".{path.name}.{os.getpid()}.part"), [], []
+        try:
+            with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
+                    for name, label, pixels in zip(names[i:i + 256], labels[i:], pool.map(decode, names[i:i + 256])):
+                        if isinstance(pixels, bytes):
+                            file.write(pixels)
+                            kept.append(label)
+                            continue
+                        bad.append(name)
+                        if not cfg.skip_bad:
+                            raise UserError(f"{name} in --data_dir {cfg.data_dir} cannot be decoded ({pixels}); "
+                                            "remove it, or give --skip_bad")
+                file.write(np.array(kept, np.uint16).tobytes())
+            if bad:
+                print(f"note: {len(bad)} of {len(names)} images cannot be decoded and are skipped, {bad[0]} first",
+                      file=sys.stderr)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    shape = (path.stat().st_size // (3 * cfg.size ** 2 + 2), 3, cfg.size, cfg.size)
+    labels = np.fromfile(path, np.uint16, offset=math.prod(shape))
+    return np.memmap(path, np.uint8, "c", shape=shape), labels      # "c": changes stay in memory
+
+
+def load_data(cfg, train):
+    """The training or test images of cfg.dataset, uint8 (N, C, H, W), and labels, int64 (N,), as CPU tensors."""
+    (C, _, classes), S = DATASETS[cfg.dataset], cfg.size
+    read = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
+                tiny_imagenet=read_tiny_imagenet).get(cfg.dataset, read_folders)
+    try:
+        if cfg.dataset == "glyphs":
+            images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
+        else:
+            images, labels = read(cfg, train)
+        if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < (classes or 2**16):
+            raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
+    except UserError:
+        raise
+    except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged; delete them, and "
+                        f"the next run makes or downloads them anew ({' '.join(str(error).split())})")
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
+
+
+def to_float(images):   # uint8 -> float32 in [-1, 1]
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):        # and back: rounded to the nearest, clipped
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+# ---- 3. Backbone: the UNets of DDAE, ddpm and ddpmpp (Table 9), with the public parameter names ----------------------
+
+class TimeEmbedding(nn.Module):
+    """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E)."""
+
+    def __init__(self, width, E):
+        super().__init__()
+        self.frequencies = width // 2
+        self.lin1 = nn.Linear(width, E)
+        self.lin2 = nn.Linear(E, E)
+
+    def forward(self, c):
+        powers = torch.arange(self.frequencies, device=c.device) / (self.frequencies - 1)
+        angles = c.float()[:, None] * torch.exp(-math.log(10000) * powers)          # frequencies from 1 to 1/10000
+        return self.lin2(F.silu(self.lin1(torch.cat([angles.sin(), angles.cos()], dim=1))))
+
+
+def group_norm(C):
+    return nn.GroupNorm(min(32, C // 4), C)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, + conditioning e, norm, SiLU, dropout, conv; + the input. `resize` makes it a BigGAN block."""
+
+    def __init__(self, C_in, C_out, E, dropout, resize=nn.Identity()):
+        super().__init__()
+        self.norm1 = group_norm(C_in)
+        self.resize = resize
+        self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
+        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(E, C_out))
+        self.norm2 = group_norm(C_out)
+        self.conv2 = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(C_out, C_out, 3, padding=1))
+        self.shortcut = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+
+    def forward(self, x, e):
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        h = h + self.time_emb(e)[:, :, None, None]                                  # a shift of channels, no scale
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(self.resize(x)) + h
+
+
+class SpatialAttention(nn.Module):
+    """Attention between the positions of a feature map, one head as wide as the map has channels; + the input."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.norm = group_norm(C)
+        self.projection = nn.Linear(C, 3 * C)
+        self.output = nn.Linear(C, C)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.projection(self.norm(x).flatten(2).transpose(1, 2))[:, None]     # (B, 1, HW, 3C)
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))[:, 0]
+        return x + self.output(h).transpose(1, 2).view(B, C, H, W)
+
+
+class UNetBlock(nn.Module):
+    """A residual block, and attention where the map has the right size: what the outputs out_1, out_2, ... are of."""
+
+    def __init__(self, C_in, C_out, E, dropout, attention):
+        super().__init__()
+        self.res = ResBlock(C_in, C_out, E, dropout)
+        self.attn = SpatialAttention(C_out) if attention else nn.Identity()
+
+    def forward(self, x, e):
+        return self.attn(self.res(x, e))
+
+
+class Resample(nn.Module):
+    """Half or twice the resolution: by a convolution (ddpm) or by a residual block as in BigGAN (ddpmpp)."""
+
+    def __init__(self, C, E, dropout, up, biggan):
+        super().__init__()
+        self.biggan = biggan
+        if biggan:
+            self.op = ResBlock(C, C, E, dropout, nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
+        else:
+            self.resize = nn.Upsample(scale_factor=2) if up else nn.Identity()
+            self.conv = nn.Conv2d(C, C, 3, stride=1 if up else 2, padding=1)
+
+    def forward(self, x, e):
+        return self.op(x, e) if self.biggan else self.conv(self.resize(x))
+
+
+class UNet(nn.Module):
+    """Down through the levels, a middle, up again with skip connections. The decoder is conditioned on its features."""
+    sizes = {  # base width, multiple of it at each level, blocks per level, BigGAN resampling, side with attention
+        "unet_tiny": (32, (1, 2, 2), 1, False, 8),
+        "ddpm": (128, (1, 2, 2, 2), 2, False, 16),
+        "ddpmpp": (128, (2, 2, 2), 4, True, 16),
+    }
+
+    def __init__(self, cfg):
+        super().__init__()
+        base, multiples, depth, biggan, attention = self.sizes[cfg.backbone]
+        C, side, E, p = DATASETS[cfg.dataset][0], cfg.size, 4 * base, cfg.dropout
+        self.image_proj = nn.Conv2d(C, base, 3, padding=1)
+        self.time_emb = TimeEmbedding(base, E)
+        self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        width, skips = base, [base]                                                 # channels now, and of the skips
+        for level, multiple in enumerate(multiples):
+            if level:
+                self.down.append(Resample(width, E, p, up=False, biggan=biggan))
+                skips.append(width)
+                side //= 2
+            for _ in range(depth):
+                self.down.append(UNetBlock(width, base * multiple, E, p, side == attention))
+                width = base * multiple
+                skips.append(width)
+        self.middle.res1 = ResBlock(width, width, E, p)
+        self.middle.attn = SpatialAttention(width)
+        self.middle.res2 = ResBlock(width, width, E, p)
+        widths = []                                                                 # of out_1, out_2, ...
+        for level, multiple in reversed(list(enumerate(multiples))):
+            for _ in range(depth + 1):
+                self.up.append(UNetBlock(width + skips.pop(), base * multiple, E, p, side == attention))
+                width = base * multiple
+                widths.append(width)
+            if level:
+                self.up.append(Resample(width, E, p, up=True, biggan=biggan))
+                side *= 2
+        self.norm = nn.GroupNorm(8, width)
+        self.final = nn.Conv2d(width, C, 3, padding=1)
+        self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
+        if self.sc_layer:                                                           # [SC]
+            self.sc_proj = nn.Linear(widths[self.sc_layer - 1], E)                  # [SC] W
+        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None      # [SC] s(t)
+        self.to(memory_format=torch.channels_last)      # the layout that convolutions like best
+
+    @staticmethod
+    def choices(cfg):
+        """The values that some fields may take, given the others."""
+        _, multiples, depth, _, _ = UNet.sizes[cfg.backbone]
+        if cfg.size % (multiple := 2 ** (len(multiples) - 1)):
+            raise UserError(f"--size {cfg.size}: must be a multiple of {multiple} for {cfg.backbone}")
+        return dict(self_cond=("adaptive", "add", "none"),
+                    layer=[f"out_{k}" for k in range(1, len(multiples) * (depth + 1) + 1)])
+
+    def forward(self, x, c, last=None):
+        """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of
+        all layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        e = self.time_emb(c)                                                        # (B, E), the conditioning
+        h = self.image_proj(x)
+        skips, feats, k = [h], {}, 0
+        for block in self.down:
+            h = block(h, e)
+            skips.append(h)
+        h = self.middle.res2(self.middle.attn(self.middle.res1(h, e)), e)
+        for block in self.up:
+            if isinstance(block, Resample):
+                h = block(h, e)
+                continue
+            h = block(torch.cat([h, skips.pop()], dim=1), e)                        # (B, C_k, H_k, W_k)
+            k += 1
+            if last:
+                feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
+            if last in feats:
+                return feats
+            if k == self.sc_layer:                                                  # [SC] what the image is about, f,
+                f = self.sc_proj(h.mean(dim=(2, 3)))                                # [SC] (B, E)
+                e = e + (self.sc_time(c) * f if self.sc_time else f)                # [SC] conditions all later layers
+        return self.final(F.silu(self.norm(h)))
+
+
+# ---- 4. Formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------------------------------
+
+# Dormand and Prince 1980, RK5(4)7M: times and coefficients of the stages; the last ones give the solution of order 5.
+STAGES = [(1 / 5, [1 / 5]), (3 / 10, [3 / 40, 9 / 40]), (4 / 5, [44 / 45, -56 / 15, 32 / 9]),
+          (8 / 9, [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]),
+          (1, [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]),
+          (1, [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])]
+ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]     # order 5 minus order 4
+
+
+def rk45(f, x, start, end, tol):
+    """Solves dx/dt = f(x, t) from start to end: x (B, ...) at the end, and how often f was evaluated for each row (B,).
+    Each row has step sizes of its own, so its solution does not depend on the others; rows that have arrived wait.
+    A step is taken if its error, as a multiple of tol (1 + |x|), has a root mean square of at most 1, as in SciPy."""
+    column = lambda v: v.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+    t = torch.full((len(x),), start, dtype=x.dtype, device=x.device)
+    step = torch.full_like(t, 0.01 * (end - start))
+    k = [f(x, t)]
+    nfe = torch.ones_like(t)
+    for _ in range(10000):
+        going = t != end
+        if not going.any():
+            return x, nfe
+        last = (end - t).abs() <= step.abs()
+        step = torch.where(last, end - t, step)
+        for c, row in STAGES:
+            x_new = x + column(step) * sum(a * slope for a, slope in zip(row, k) if a)
+            k.append(f(x_new, t + c * step))
+        error = column(step) * sum(a * slope for a, slope in zip(ERROR, k) if a)
+        size = (error / (tol + tol * torch.maximum(x.abs(), x_new.abs()))).square().flatten(1).mean(dim=1).sqrt()
+        taken = going & (size <= 1)
+        x, k = torch.where(column(taken).bool(), x_new, x), [torch.where(column(taken).bool(), k[-1], k[0])]
+        t = torch.where(taken, torch.where(last, end, t + step), t)
+        step = torch.where(going, step * (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 10), step)
+        nfe += 6 * going
+    raise UserError(f"--tol {tol:g}: RK45 has not arrived in 10,000 steps; raise it, or choose Euler's method by --nfe")
+
+
+class RF:
+    """Forward process, loss and sampler. Times lie in [0, 1], t = 0 is the data; images are in [-1, 1]."""
+    probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)                             # the grid of probe.py
+    limits = dict(nfe=(0, 1000), tol=(1e-6, 1), t_probe=(0, 1))
+
+    def __init__(self, cfg):
+        self.nfe, self.tol = cfg.nfe, cfg.tol
+
+    def draw_t(self, n, generator):
+        """Training times of n images: uniform on [0, 1], float32 (n,)."""
+        return torch.rand(n, generator=generator, device=generator.device)
+
+    def add_noise(self, x, t, noise):
+        """x_t = (1 - t) x_0 + t eps, Eq. (1). x and noise (B, C, H, W), t (B,)."""
+        return (1 - t).view(-1, 1, 1, 1) * x + t.view(-1, 1, 1, 1) * noise
+
+    def inputs(self, x_t, t):
+        """What the network is given for the noisy images x_t at times t."""
+        return x_t, t
+
+    def loss(self, net, x, t, noise):
+        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over pixels: (B,) float32."""
+        v = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
+        return (v - (noise - x)).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self, net, noise):
+        """From t = 1 to 0 along dx/dt = v_theta by RK45 or, with nfe > 0, Euler's method: noise (B, C, H, W) ~ N(0, I)
+        -> images in [-1, 1]. self.nfe then tells what each image took, (B,)."""
+        velocity = lambda x, t: net(*self.inputs(x, t)).float()
+        if torch.is_tensor(self.nfe) or self.nfe == 0:
+            x, self.nfe = rk45(velocity, noise, 1.0, 0.0, self.tol)
+            return x
+        x = noise
+        for i in range(self.nfe):
+            x = x - velocity(x, torch.full((len(x),), 1 - i / self.nfe, device=x.device)) / self.nfe
+        return x
+
+
+SCRIPT, Backbone, Diffusion = "rf_sc", UNet, RF     # what this script is made of
+
+
+# ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def rng(*key, device="cpu"):
+    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep only the low
+    32 bits of a seed, so sums or shifts of keys would collide."""
+    return torch.Generator(device).manual_seed(int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return torch.randperm(n, generator=rng(seed, epoch, 1))
+
+
+def batch_indices(n, batch, seed, step):
+    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs
+    into equal pieces: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
+
+
+def start(cfg):
+    """The device of this process. Joins the other processes, if torchrun started several."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
+    device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def one_process_first():
+    """The first process of each machine runs the block (it may download) before the others do."""
+    if WORLD > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def autocast(cfg, device):
+    """Matrix products in bf16 where the GPU has it, as that needs no loss scaling; else fp16. Weights stay float32."""
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
+    if cfg.amp == "auto" and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_optimizer(net, cfg):
+    """AdamW, without decay for biases and positions but with it for [CLS] (Appendix A)."""
+    groups = {True: [], False: []}
+    for name, p in net.named_parameters():
+        groups[name.endswith("bias") or name == "pos_embed"].append(p)
+    groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, 0.999), fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema, net, rate, n):
+    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. The rate is min(rate, 1 - n^(-2/3)),
+    as by ema_pytorch in the authors' DDAE code: the first call copies, and short runs forget their random start."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(rate, 1 - n ** (-2 / 3)))
+    for mean, now in zip(ema.buffers(), net.buffers()):
+        mean.copy_(now)
+
+
+def write_checkpoint(path, **contents):
+    """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """The contents of a checkpoint, on the CPU. Code in it is refused, not run."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # a damaged file makes torch.load stumble in many ways
+        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+
+
+def save_grid(images, path, columns=8):
+    """Images uint8 (n, C, H, W) as one PNG, small ones enlarged."""
+    zoom = max(1, 64 // images.shape[2])
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.pad(images, (1, 1, 1, 1), value=255)
+    images = torch.cat([images, images.new_full((-len(images) % columns, *images.shape[1:]), 255)])
+    grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(grid.contiguous().numpy()).save(path)
+
+
+def save_loss_plot(log, path):
+    """The logged losses over steps, on a logarithmic axis, averaged over 2 % of the lines."""
+    log = [line for line in log if line["loss"]] or [dict(step=1, loss=1)]
+    window = max(1, len(log) // 50)
+    loss = np.convolve(np.log10([line["loss"] for line in log]), np.ones(window) / window, "valid")
+    low, span, end = loss.min(), max(np.ptp(loss), 1e-3), log[-1]["step"]
+    draw = ImageDraw.Draw(image := Image.new("RGB", (640, 400), "white"))
+    for i in range(5):
+        draw.line([(60, 340 - 80 * i), (620, 340 - 80 * i)], fill="#dddddd")
+        draw.text((10, 334 - 80 * i), f"{10 ** (low + span * i / 4):.4f}", fill="black")
+        draw.text((50 + 140 * i, 350), f"{end * i // 4}", fill="black")
+    draw.text((300, 375), "loss / step", fill="black")
+    curve = [(60 + 560 * line["step"] / end, 340 - 320 * (v - low) / span) for line, v in zip(log[window - 1:], loss)]
+    draw.line(curve, fill="#c03030", width=2)
+    image.save(path)
+
+
+# ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
+
+# What may change in mid-run.
+FREE = "data_dir skip_bad out init epochs steps accum device compile save_every sample_every".split()
+
+
+def restore(path, cfg, parts):
+    """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
+    state = read_checkpoint(path)
+    there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
+    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in FREE and there.get(k) != here[k]]
+    if other:
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def train(cfg):
+    """Trains from the beginning, or from last.pt in the run folder, to the end. Returns 0, or the signal that ended it.
+
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
+    one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    """
+    device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
+    share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass
+    if rest:
+        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
+                        f"use {cfg.batch - rest + WORLD * cfg.accum}")
+    with one_process_first():
+        images = load_data(cfg, train=True)[0]
+    N = len(images)
+    if images.nbytes < 4e9:     # all of CIFAR takes 0.2 GB, ImageNet100 at 64 x 64 takes 1.6 GB
+        images = images.to(device)
+    total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
+
+    # The state of the run, and where it stands.
+    torch.manual_seed(cfg.seed)
+    net = build_net(cfg).to(device).train()
+    if cfg.init:
+        load_weights(net, cfg.init)
+        print(f"starting from all {len(net.state_dict())} tensors of {cfg.init}")
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer, context = make_optimizer(net, cfg), autocast(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
+    parts = dict(model=net, ema=ema, optimizer=optimizer, scaler=scaler)
+    step, log = 0, []
+    if (out / "last.pt").exists():
+        step = restore(out / "last.pt", cfg, parts)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
+    model = torch.compile(net) if cfg.compile else net
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        size = sum(p.numel() for p in net.parameters())
+        print(f"{out}: {N} images, {size:,} parameters, {total} steps of {cfg.batch} images, {WORLD} x {device.type}, "
+              f"{context.fast_dtype}", flush=True)
+        if step:
+            print(f"resumed at step {step}", flush=True)
+
+    def save(name, **parts):
+        if RANK == 0:       # every process has the same state: one writes, none waits
+            write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
+                             **{k: part.state_dict() for k, part in parts.items()})
+
+    told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
+    handlers = {s: signal.signal(s, lambda number, frame: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
+    window = torch.zeros(2, device=device)      # sum of losses, and number of steps, since the last log line
+    saved = logged = time.time()
+    bar = tqdm(total=total, initial=step, unit="step", disable=RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 20)
+    while step < total and not leave:
+        # 1. All that is random, for the global batch.
+        gen = rng(cfg.seed, step, 0, device=device)
+        x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(images.device)].to(device)    # uint8 (batch, C, H, W)
+        flip = torch.rand((cfg.batch, 1, 1, 1), generator=gen, device=device) < 0.5 * cfg.flip
+        t = diffusion.draw_t(cfg.batch, gen)
+        noise = torch.randn(x.shape, generator=gen, device=device)
+
+        # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
+        loss = 0
+        for i in range(cfg.accum):
+            first = (RANK * cfg.accum + i) * share
+            mine = slice(first, first + share)
+            x_0 = to_float(torch.where(flip[mine], x[mine].flip(-1), x[mine]))
+            if cfg.dropout:
+                torch.manual_seed(rng(cfg.seed, step, 2, first).initial_seed())
+            with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
+                with context:
+                    part = diffusion.loss(model, x_0, t[mine], noise[mine]).mean() / cfg.accum
+                scaler.scale(part).backward()
+            loss = loss + part.detach()
+
+        # 3. The step. One whose gradient is not finite is skipped on the device: the CPU need not wait to look.
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = norm.isfinite()
+        if not scaler.is_enabled():
+            optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        update_ema(ema, net, cfg.ema, step + 1)
+        bad = torch.where(finite, 0, bad + 1)
+        window += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0)
+        step += 1
+        bar.update()
+
+        # 4. The log, every step at first, then every tenth. Here alone the CPU waits, and processes agree to leave.
+        if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
+            leave = torch.tensor(max(told, default=0), device=device)
+            if WORLD > 1:
+                dist.all_reduce(window)
+                dist.all_reduce(leave, dist.ReduceOp.MAX)
+            (loss, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
+                        lr=group["lr"], grad_norm=norm.item(),
+                        images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
+            log.append(line)
+            if RANK == 0:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
+            if bad >= 10:
+                raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
+                                f"skipped and {out} left as last saved; try a lower --lr, or --amp off")
+            window.zero_()
+            logged = time.time()
+
+        # 5. Files: after some epochs, every ten minutes, and at the end.
+        epoch, end = step * cfg.batch // N, step == total
+        ended = (step - 1) * cfg.batch // N < epoch
+        if end or ended and epoch % cfg.sample_every == 0:
+            grid = sample(ema, cfg, range(64))                  # drawn by all processes together
+            if RANK == 0:
+                save_grid(grid, out / f"samples_{epoch:04d}.png")
+                save_loss_plot(log, out / "loss.png")
+        if end or ended and epoch % cfg.save_every == 0:
+            save(f"ckpt_{epoch:04d}.pt", ema=ema)
+        if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
+            save("last.pt", **parts)
+            saved = time.time()
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return leave if step < total else 0
+
+
+# ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
+
+LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
+              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1),
+              ema=(0, 0.999999), save_every=(1, 10**6), sample_every=(1, 10**6))
+
+
+def make_config(dataset="glyphs", **overrides):
+    """The recipe of a data set, with changes. UserError, a ValueError, says what is impossible and what is not."""
+    fields = [f.name for f in dataclasses.fields(Config)]
+    if unknown := set(overrides) - set(fields):
+        raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
+    if dataset not in RECIPES:
+        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
+    recipe = {**RECIPES[dataset], **overrides}
+    special = recipe.get(recipe.get("backbone", Config.backbone), {})
+    cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
+    cfg.size = cfg.size or DATASETS[dataset][1]
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{dataset}-{cfg.self_cond}-s{cfg.seed}"
+    for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
+    choices = dict(backbone=Backbone.sizes, device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
+    if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
+        choices |= dict(size=DATASETS[dataset][1:2])
+    choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}
+    for name, values in choices.items():
+        if getattr(cfg, name) not in values:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(map(str, values))}")
+    return cfg
+
+
+def build_net(cfg):
+    """The network of a config in float32 on the CPU, with random weights from torch's global generator."""
+    net = Backbone(cfg)
+    net.cfg = cfg
+    return net
+
+
+def load_weights(net, path, weights="ema"):
+    """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
+    state = read_checkpoint(path)
+    try:
+        net.load_state_dict(state.get(weights, state))
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
+
+
+def load_checkpoint(path, weights="ema"):
+    """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
+        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
+    cfg = make_config(**state["config"])
+    net = build_net(cfg)
+    load_weights(net, path, weights)
+    return cfg, net.eval()
+
+
+@torch.no_grad()
+def features(net, x, t, noise, last=None):
+    """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
+    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
+    diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
+    last = last or Backbone.choices(net.cfg)["layer"][-1]
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
+
+
+def sample(net, cfg, seeds, batch=64, progress=False):
+    """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
+    number of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The
+    net sees multiples of 8 images: matrix products with fewer rows use other kernels, which round differently. net.nfe
+    is then the mean number of network evaluations for an image."""
+    device, seeds = next(net.parameters()).device, list(seeds)
+    C, S, diffusion = DATASETS[cfg.dataset][0], cfg.size, Diffusion(cfg)
+    images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
+    evaluations = torch.zeros(len(seeds), device=device)
+    mine = list(range(RANK, len(seeds), WORLD))
+    quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
+    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=quiet):
+        rows = mine[i:i + batch]
+        noise = torch.zeros(len(rows) + -len(rows) % 8, C, S, S)
+        for k, row in enumerate(rows):
+            noise[k] = torch.randn(C, S, S, generator=torch.Generator().manual_seed(seeds[row]))
+        with autocast(cfg, device):
+            images[rows] = to_uint8(diffusion.sample(net, noise.to(device)))[:len(rows)]
+        evaluations[rows] = torch.as_tensor(diffusion.nfe, device=device).float().expand(len(noise))[:len(rows)]
+    if WORLD > 1:
+        dist.all_reduce(images)     # the other processes' rows are zero
+        dist.all_reduce(evaluations)
+    net.nfe = evaluations.mean().item()
+    return images.cpu()
+
+
+# ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
+
+def fail(message):
+    """The end of a run that the user can mend: one line, status 2."""
+    if LOCAL_RANK == 0:     # once on each machine: a download may fail on one alone
+        print(f"{SCRIPT}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_command_line(argv):
+    """Every field of Config is a flag. Returns the fields that were given, and the other options."""
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail
+    for f in dataclasses.fields(Config):
+        kind = dict(type=f.type, metavar=f.type.__name__)
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
+    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun would take --n for its own")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
+        fail(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ';'} --help lists all")
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}, args
+
+
+def sample_command(given, args):
+    """--sample CKPT: a PNG beside the checkpoint."""
+    if idle := set(given) - {"seed", "batch", "nfe", "tol", "device", "amp"}:
+        raise UserError(f"--{min(idle)} does nothing with --sample")
+    n = 64 if args.n is None else args.n
+    if n < 1:
+        raise UserError(f"--n {n}: must be at least 1")
+    cfg, net = load_checkpoint(args.sample)
+    cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given})
+    net.to(start(cfg))
+    images = sample(net, cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
+    if RANK == 0:
+        path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"
+        save_grid(images, path)
+        print(f"{path}: {n} images from the ema weights, {net.nfe:g} network evaluations each")
+
+
+def main(argv=None):
+    given, args = parse_command_line(argv)
+    try:
+        if args.sample:
+            return sample_command(given, args)
+        if args.n is not None:
+            raise UserError("--n goes with --sample")
+        cfg = make_config(**given)
+        if args.resume:
+            cfg = make_config(**{**read_checkpoint(Path(cfg.out) / "last.pt")["config"], "out": cfg.out, **given})
+        signal_number = train(cfg)
+        if RANK == 0:
+            tiny = " --detector tiny" * (cfg.dataset in ("glyphs", "fashion_mnist"))    # Inception knows photographs
+            print(f"saved {cfg.out}/last.pt; the same command goes on from there" if signal_number else
+                  f"done: look at {cfg.out}/samples_*.png and loss.png, then\n"
+                  f"  python probe.py {cfg.out}/last.pt\n  python fid.py {cfg.out}/last.pt{tiny}")
+        return 128 + signal_number if signal_number else 0
+    except UserError as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
