@@ -72,7 +72,7 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png
 
 
-TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_3")
+TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2")
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=2),
     "fashion_mnist": dict(TINY_UNET, epochs=2, save_every=1, sample_every=1),

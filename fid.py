@@ -313,13 +313,14 @@ def find_script(name):
     return importlib.import_module(name) if known else None
 
 
-def open_dataset(name, data_dir, first="ddpm_sc"):
-    """The training images of a data set, read by the script `first` or another that knows it; latents are no images."""
+def open_dataset(name, data_dir, first="ddpm_sc", **fields):
+    """The training images of a data set, read by the script `first` or another that knows it; latents are no images.
+    fields: size and skip_bad of a checkpoint that they are compared with."""
     names = {}
     for module in map(find_script, sorted(dict.fromkeys([first, *SCRIPTS]), key="dit_latent_sc".__eq__)):
         names |= module.RECIPES if module else {}
         if name in names:
-            cfg = module.make_config(dataset=name, data_dir=data_dir)
+            cfg = module.make_config(dataset=name, data_dir=data_dir, **fields)
             load = functools.cache(lambda train: module.load_data(cfg, train))
             images = load(True)[0]
             if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
@@ -440,7 +441,10 @@ def evaluate(args, device):
     folder = args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
     if not args.B and not a.cfg:
         raise UserError(f"compare {a.name} with what? B may be left out after a checkpoint only")
-    b = open_side(args.B, args, device) if args.B else open_dataset(a.cfg.dataset, folder, a.facts["script"])
+    if args.B:
+        b = open_side(args.B, args, device)
+    else:
+        b = open_dataset(a.cfg.dataset, folder, a.facts["script"], size=a.cfg.size, skip_bad=a.cfg.skip_bad)
     if args.detector == "tiny" and not b.load:
         raise UserError(f"--detector tiny learns from a data set, so the reference must be one, not {b.name}")
     net = (load_detector(b, folder) if args.detector == "tiny" else load_inception(args.inception, folder)).to(device)

@@ -72,10 +72,11 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png
 
 
-TINY_UVIT = dict(backbone="uvit_tiny", pos_init="sincos", batch=32, lr=2.5e-3, warmup=0.5, beta1=0.9, layer="out_1")
+TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=1.5e-3, warmup=0.5, beta1=0.9,
+                 layer="out_1")
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_UVIT, epochs=8, flip=False, save_every=1, sample_every=2),
-    "fashion_mnist": dict(TINY_UVIT, patch=4, epochs=6, save_every=1, sample_every=2),
+    "fashion_mnist": dict(TINY_UVIT, epochs=6, save_every=1, sample_every=2),
     "cifar10": {},
     "cifar100": {},
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"), dict(patch=4, layer="out_1", t_probe=66)),
@@ -378,7 +379,7 @@ class UViTBlock(nn.Module):
 
 class UViT(nn.Module):
     """Everything is a token: time, [CLS] and patches. First half in, second half out, with long skips between them."""
-    sizes = {"uvit_tiny": (96, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}      # width, depth, heads
+    sizes = {"uvit_tiny": (160, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}      # width, depth, heads
 
     def __init__(self, cfg):
         super().__init__()

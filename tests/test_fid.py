@@ -1,5 +1,5 @@
 """fid.py: numbers against closed forms and against pytorch-fid, files, names, and errors. CPU, no network."""
-import http.server, json, sys, threading
+import http.server, importlib, json, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +294,21 @@ def test_checkpoint(stub, capsys):
     raw = run(path, "--n", 10, "--seed", 3, "--nfe", 2, "--weights", "model")
     assert raw["A"]["weights"] == "raw" and raw["value"] != result["value"]
     assert "uvit_sc at step 12, ema weights, 2 NFE, seeds 3-12" in capsys.readouterr().out
+
+
+def test_checkpoint_of_a_folder(stub, monkeypatch, photos, capsys):
+    """The reference has the size of the samples, and the protocol tells what RK45 took."""
+    rf_sc = importlib.import_module("rf_sc")
+    monkeypatch.setattr(fid, "SCRIPTS", ("rf_sc", "uvit_sc"))
+    torch.manual_seed(0)
+    net = rf_sc.build_net(rf_sc.make_config("folder", size=16, backbone="unet_tiny", tol=0.1, data_dir=str(photos)))
+    rf_sc.write_checkpoint("rf.pt", script="rf_sc", config=dict(vars(net.cfg)), step=1, ema=net.state_dict())
+    seen = []
+    monkeypatch.setattr(Stub, "forward", lambda self, x, old=Stub.forward: seen.append(tuple(x.shape[1:])) or old(self, x))
+    result = run("rf.pt", "--n", 8, "--data_dir", photos)
+    assert set(seen) == {(3, 16, 16)} and result["B"]["n"] == 64
+    rf_sc.sample(net.eval(), net.cfg, range(8))
+    assert result["A"]["nfe"] == round(net.nfe, 1) > 7 and f"{result['A']['nfe']:g} NFE" in capsys.readouterr().out
 
 
 def test_tiny_detector_repeats_itself():
