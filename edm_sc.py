@@ -75,7 +75,7 @@ class Config:
 TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2")
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=2),
-    "fashion_mnist": dict(TINY_UNET, epochs=2, save_every=1, sample_every=1),
+    "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_9")),
     "cifar100": dict(layer="out_6", ddpmpp=dict(batch=256, layer="out_8")),
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
@@ -246,8 +246,8 @@ def read_folders(cfg, train):
         raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
                         f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
     names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
-    sizes = [path.stat().st_size for path, _ in files]
-    return decode_once(cfg, train, names, labels, sizes, lambda name: open(root / name, "rb"))
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+    return decode_once(cfg, train, names, labels, stamps, lambda name: open(root / name, "rb"))
 
 
 def centre_crop(image, size):
@@ -264,7 +264,7 @@ def centre_crop(image, size):
 
 def decode_once(cfg, train, names, labels, stamps, open_file):
     """Images (N, 3, S, S), mapped from one file in data_dir, and labels (N,). The first run decodes, in parallel, and
-    writes the file: all images, then all labels as uint16. Its name has a hash of all that it depends on."""
+    writes the file: all images, then all labels as uint16. Its name has a hash of the names and stamps of the files."""
     key = hashlib.sha256(repr((list(names), list(labels), stamps, cfg.skip_bad)).encode()).hexdigest()[:12]
     path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{'train' if train else 'test'}-{key}.u8")
 

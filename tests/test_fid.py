@@ -302,7 +302,7 @@ def test_checkpoint_of_a_folder(stub, monkeypatch, photos, capsys):
     monkeypatch.setattr(fid, "SCRIPTS", ("rf_sc", "uvit_sc"))
     torch.manual_seed(0)
     net = rf_sc.build_net(rf_sc.make_config("folder", size=16, backbone="unet_tiny", tol=0.1, data_dir=str(photos)))
-    rf_sc.write_checkpoint("rf.pt", script="rf_sc", config=dict(vars(net.cfg)), step=1, ema=net.state_dict())
+    rf_sc.write_checkpoint(Path("rf.pt"), script="rf_sc", config=dict(vars(net.cfg)), step=1, ema=net.state_dict())
     seen = []
     monkeypatch.setattr(Stub, "forward", lambda self, x, old=Stub.forward: seen.append(tuple(x.shape[1:])) or old(self, x))
     result = run("rf.pt", "--n", 8, "--data_dir", photos)
