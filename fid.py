@@ -313,14 +313,16 @@ def find_script(name):
     return importlib.import_module(name) if known else None
 
 
-def open_dataset(name, data_dir, first="ddpm_sc", **fields):
+def open_dataset(name, data_dir, first="ddpm_sc", like=None):
     """The training images of a data set, read by the script `first` or another that knows it; latents are no images.
-    fields: size and skip_bad of a checkpoint that they are compared with."""
+    like: the config of a checkpoint that they are compared with; images of the same data set get the same size."""
     names = {}
     for module in map(find_script, sorted(dict.fromkeys([first, *SCRIPTS]), key="dit_latent_sc".__eq__)):
         names |= module.RECIPES if module else {}
         if name in names:
-            cfg = module.make_config(dataset=name, data_dir=data_dir, **fields)
+            cfg = module.make_config(dataset=name, data_dir=data_dir)
+            if like and like.dataset == name:
+                cfg = dataclasses.replace(like, data_dir=data_dir)
             load = functools.cache(lambda train: module.load_data(cfg, train))
             images = load(True)[0]
             if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
@@ -441,10 +443,10 @@ def evaluate(args, device):
     folder = args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
     if not args.B and not a.cfg:
         raise UserError(f"compare {a.name} with what? B may be left out after a checkpoint only")
-    if args.B:
-        b = open_side(args.B, args, device)
+    if args.B is None or a.cfg and args.B == a.cfg.dataset and not Path(args.B).exists():
+        b = open_dataset(a.cfg.dataset, folder, a.facts["script"], like=a.cfg)
     else:
-        b = open_dataset(a.cfg.dataset, folder, a.facts["script"], size=a.cfg.size, skip_bad=a.cfg.skip_bad)
+        b = open_side(args.B, args, device)
     if args.detector == "tiny" and not b.load:
         raise UserError(f"--detector tiny learns from a data set, so the reference must be one, not {b.name}")
     net = (load_detector(b, folder) if args.detector == "tiny" else load_inception(args.inception, folder)).to(device)

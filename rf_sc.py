@@ -20,8 +20,8 @@ Expect    Table 2 (2000 epochs, 4 GPUs), FID and accuracy, baseline in brackets:
           CIFAR-100 ddpm 6.25, 62.83 % (6.49, 60.84 %); ddpmpp 4.29, 68.49 % (4.07, 67.46 %)
           README.md: what two CPU cores reach.
 """
-import argparse, concurrent.futures, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, http.client
-import inspect, json, math, os, re, shutil, signal, sys, tarfile, time, urllib.request, zipfile, zlib
+import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, functools, gzip, hashlib
+import http.client, inspect, json, math, os, re, shutil, signal, sys, tarfile, time, urllib.request, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ class Config:
     data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
     size: int = 0                # side of the images in pixels; 0: 64 for folders of images, others have their own
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
-    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with the backbone if given
     init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
@@ -242,7 +242,7 @@ def read_folders(cfg, train):
         classes = [name for name in classes if name in IMAGENET100]
     kinds = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
     files = [(path, label) for label, name in enumerate(classes) for path in sorted((split / name).rglob("*"))
-             if path.suffix.lower() in kinds]
+             if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()]
     if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
         raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
                         f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
@@ -254,6 +254,8 @@ def read_folders(cfg, train):
 def centre_crop(image, size):
     """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
     large, then resized by a bicubic one until the shorter side fits; the middle."""
+    if image.mode.startswith("I"):      # 16 bits, of which convert() would make white
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.BOX)
@@ -277,6 +279,9 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
             return error
 
     if not path.exists():
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"--data_dir {cfg.data_dir} is read-only, and {path.name} must be written there; "
+                            f"link to it, ln -s {path.parent.resolve()} data/{cfg.dataset}, and give --data_dir data")
         part, kept, bad = path.with_name(f".{path.name}.{os.getpid()}.part"), [], []
         try:
             with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -291,6 +296,8 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
                             raise UserError(f"{name} in --data_dir {cfg.data_dir} cannot be decoded ({pixels}); "
                                             "remove it, or give --skip_bad")
                 file.write(np.array(kept, np.uint16).tobytes())
+            if not kept:
+                raise UserError(f"--data_dir {cfg.data_dir}: none of {len(names)} images can be decoded")
             if bad:
                 print(f"note: {len(bad)} of {len(names)} images cannot be decoded and are skipped, {bad[0]} first",
                       file=sys.stderr)
@@ -318,8 +325,9 @@ def load_data(cfg, train):
         raise
     except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
             zlib.error) as error:
-        raise UserError(f"the files of {cfg.dataset} in --data_dir {cfg.data_dir} are damaged; delete them, and "
-                        f"the next run makes or downloads them anew ({' '.join(str(error).split())})")
+        remedy = "" if read is read_folders else "; delete what is damaged, and the next run downloads it"
+        error = " ".join(str(error).split())
+        raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({error}){remedy}")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -467,8 +475,10 @@ class UNet(nn.Module):
         _, multiples, depth, _, _ = UNet.sizes[cfg.backbone]
         if cfg.size % (multiple := 2 ** (len(multiples) - 1)):
             raise UserError(f"--size {cfg.size}: must be a multiple of {multiple} for {cfg.backbone}")
-        return dict(self_cond=("adaptive", "add", "none"),
-                    layer=[f"out_{k}" for k in range(1, len(multiples) * (depth + 1) + 1)])
+        layers = [f"out_{k}" for k in range(1, len(multiples) * (depth + 1) + 1)]
+        if cfg.self_cond != "none" and cfg.layer == layers[-1]:
+            raise UserError(f"--layer {cfg.layer}: is the last, so it can condition none; use --self_cond none")
+        return dict(self_cond=("adaptive", "add", "none"), layer=layers)
 
     def forward(self, x, c, last=None):
         """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of
@@ -526,6 +536,8 @@ def rk45(f, x, start, end, tol):
             k.append(f(x_new, t + c * step))
         error = column(step) * sum(a * slope for a, slope in zip(ERROR, k) if a)
         size = (error / (tol + tol * torch.maximum(x.abs(), x_new.abs()))).square().flatten(1).mean(dim=1).sqrt()
+        if not size[going].isfinite().all():
+            raise UserError("RK45: the network's output is not finite; try --amp off or earlier weights")
         taken = going & (size <= 1)
         x, k = torch.where(column(taken).bool(), x_new, x), [torch.where(column(taken).bool(), k[-1], k[0])]
         t = torch.where(taken, torch.where(last, end, t + step), t)
@@ -540,7 +552,7 @@ class RF:
     limits = dict(nfe=(0, 1000), tol=(1e-6, 1), t_probe=(0, 1))
 
     def __init__(self, cfg):
-        self.nfe, self.tol = cfg.nfe, cfg.tol
+        self.steps, self.tol, self.nfe = cfg.nfe, cfg.tol, cfg.nfe
 
     def draw_t(self, n, generator):
         """Training times of n images: uniform on [0, 1], float32 (n,)."""
@@ -564,12 +576,13 @@ class RF:
         """From t = 1 to 0 along dx/dt = v_theta by RK45 or, with nfe > 0, Euler's method: noise (B, C, H, W) ~ N(0, I)
         -> images in [-1, 1]. self.nfe then tells what each image took, (B,)."""
         velocity = lambda x, t: net(*self.inputs(x, t)).float()
-        if torch.is_tensor(self.nfe) or self.nfe == 0:
-            x, self.nfe = rk45(velocity, noise, 1.0, 0.0, self.tol)
+        if self.steps == 0:
+            with torch.autocast(noise.device.type, enabled=False):      # bf16 rounds by more than tol: twice the steps
+                x, self.nfe = rk45(velocity, noise, 1.0, 0.0, self.tol)
             return x
         x = noise
-        for i in range(self.nfe):
-            x = x - velocity(x, torch.full((len(x),), 1 - i / self.nfe, device=x.device)) / self.nfe
+        for i in range(self.steps):
+            x = x - velocity(x, torch.full((len(x),), 1 - i / self.steps, device=x.device)) / self.steps
         return x
 
 
@@ -606,11 +619,16 @@ def start(cfg):
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind != "cpu" and not getattr(torch, kind).is_available():
         raise UserError(f"--device {kind}: this machine has none; use --device cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if kind != "cpu" and here > getattr(torch, kind).device_count():
+        raise UserError(f"--device {kind}: {here} processes for {getattr(torch, kind).device_count()}; give torchrun "
+                        "--nproc_per_node as many, or use --device cpu")
     device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo",
+                                timeout=datetime.timedelta(hours=6))     # the first run may decode all of ImageNet
     return device
 
 
@@ -714,7 +732,8 @@ def restore(path, cfg, parts):
     if other:
         raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if state[name]:         # a loss scaler that was off has no state
+            part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -739,7 +758,7 @@ def train(cfg):
     # The state of the run, and where it stands.
     torch.manual_seed(cfg.seed)
     net = build_net(cfg).to(device).train()
-    if cfg.init:
+    if cfg.init and not (out / "last.pt").exists():
         load_weights(net, cfg.init)
         print(f"starting from all {len(net.state_dict())} tensors of {cfg.init}")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -749,7 +768,8 @@ def train(cfg):
     step, log = 0, []
     if (out / "last.pt").exists():
         step = restore(out / "last.pt", cfg, parts)
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        old = out / "log.jsonl"
+        log = [json.loads(line) for line in old.read_text().splitlines() if line.endswith("}")] if old.exists() else []
         log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
     model = torch.compile(net) if cfg.compile else net
     if WORLD > 1:
@@ -805,7 +825,8 @@ def train(cfg):
             optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
-        scaler.step(optimizer)
+        if device.type != "mps" or finite:                      # which MPS does not
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         update_ema(ema, net, cfg.ema, step + 1)
@@ -831,7 +852,8 @@ def train(cfg):
                 bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
             if bad >= 10:
                 raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
-                                f"skipped and {out} left as last saved; try a lower --lr, or --amp off")
+                                f"skipped and {out} left as last saved; start anew from there with a lower "
+                                f"--lr or --amp off: --init {out}/last.pt --out FOLDER")
             window.zero_()
             logged = time.time()
 
@@ -872,7 +894,9 @@ def make_config(dataset="glyphs", **overrides):
     special = recipe.get(recipe.get("backbone", Config.backbone), {})
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
-    cfg.out = cfg.out or f"runs/{SCRIPT}-{dataset}-{cfg.self_cond}-s{cfg.seed}"
+    data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
+    data += [cfg.backbone] if "backbone" in overrides else []
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-{cfg.self_cond}-s{cfg.seed}"
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
@@ -1012,7 +1036,7 @@ def main(argv=None):
                   f"done: look at {cfg.out}/samples_*.png and loss.png, then\n"
                   f"  python probe.py {cfg.out}/last.pt\n  python fid.py {cfg.out}/last.pt{tiny}")
         return 128 + signal_number if signal_number else 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         fail(error)
     finally:
         if dist.is_initialized():

@@ -1,6 +1,7 @@
 """The command line: bad input ends with one line and status 2, before anything is written."""
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ BAD_FOR = {
     "uvit_sc": [(["--patch", "5"], "--patch 5: must be one of 1, 2, 4, 8, 16"),
                 (["--dataset", "folder", "--size", "66"], "--patch 4: must be one of 1, 2, 3, 6, 11, 22, 33, 66"),
                 (["--self_cond", "none", "--layer", "cls_1"], "--layer cls_1: must be one of out_1, ")],
-    "ddpm_sc": [(["--dataset", "folder", "--size", "60"], "--size 60: must be a multiple of 8"),
+    "ddpm_sc": [(["--layer", "out_6"], "--layer out_6: is the last, so it can condition none"),
+                (["--dataset", "folder", "--size", "60"], "--size 60: must be a multiple of 8"),
                 (["--self_cond", "cls"], "--self_cond cls: must be one of adaptive, add, none")],
     "edm_sc": [(["--t_probe", "100"], "--t_probe 100.0: must lie between 0.002 and 80")],
     "rf_sc": [(["--t_probe", "11"], "--t_probe 11.0: must lie between 0 and 1"),
@@ -103,6 +105,28 @@ def test_make_config_lists_what_is_valid(script):
         script.make_config("mnist")
     with pytest.raises(ValueError, match="unknown field learning_rate.*weight_decay"):
         script.make_config(learning_rate=1)
+
+
+def test_default_run_folders_are_apart(script):
+    """Another backbone, another baseline, or another folder of images is another run."""
+    big = list(script.Backbone.sizes)[-1]
+    outs = [script.make_config(**fields).out for fields in (
+        dict(dataset="cifar100"), dict(dataset="cifar100", backbone=big), dict(dataset="cifar100", self_cond="none"),
+        dict(dataset="cifar100", seed=1), dict(dataset="folder", data_dir="cats"), dict(dataset="folder", data_dir="x/dogs"))]
+    assert len(set(outs)) == 6 and "cats" in outs[4] and "dogs" in outs[5] and big in outs[1]
+
+
+def test_what_the_system_refuses_is_one_line(script, small, capsys):
+    Path(small["out"]).write_text("a file, not a folder")
+    assert "run" in ends_with_one_line(script, flags({**small, "steps": 1}), capsys)
+
+
+def test_more_processes_than_devices(script, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(script.UserError, match="--device cuda: 2 processes for 1; .*--nproc_per_node"):
+        script.start(script.make_config(device="cuda"))
 
 
 def test_every_recipe_is_valid(script):

@@ -72,7 +72,7 @@ def test_damaged_archives(uvit_sc, tmp_path, damage):
             tar.addfile(info, io.BytesIO(data))
     else:
         path.write_bytes({"cut": path.read_bytes()[:9000], "text": b"<html>moved</html>", "empty": b""}[damage])
-    with pytest.raises(uvit_sc.UserError, match="damaged.*delete") as caught:
+    with pytest.raises(uvit_sc.UserError, match="cannot be read.*delete what is damaged") as caught:
         uvit_sc.load_data(uvit_sc.make_config("cifar100", data_dir=str(tmp_path)), train=True)
     assert "\n" not in str(caught.value)
 

@@ -97,6 +97,28 @@ def test_damaged_images(tmp_path, damage, capsys):
     assert "1 of 6 images cannot be decoded and are skipped, b/broken.jpg first" in capsys.readouterr().err
 
 
+def test_nothing_left_to_read(tmp_path, monkeypatch):
+    """All files bad: said, and no empty cache; a folder that cannot be written: said with the way round it."""
+    write(tmp_path / "a" / "0.jpg", b"bad")
+    with pytest.raises(UserError, match="none of 1 images can be decoded"):
+        load_data(make_config("folder", data_dir=str(tmp_path), skip_bad=True), train=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+    monkeypatch.setattr(uvit_sc.os, "access", lambda *args: False)
+    with pytest.raises(UserError, match="is read-only.*ln -s"):
+        load_data(make_config("folder", data_dir=str(tmp_path)), train=True)
+
+
+def test_what_only_looks_like_an_image(tmp_path):
+    """Folders and dangling links that end in .png, and hidden files, are passed over; 16 bits are scaled, not cut to white."""
+    grey = rng.randint(0, 65536, (16, 16)).astype(np.uint16)
+    write(tmp_path / "a" / "deep.png", Image.fromarray(grey))
+    (tmp_path / "a" / "folder.png").mkdir()
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    write(tmp_path / "a" / "._deep.png", b"a Mac's note")
+    images, labels = load_data(make_config("folder", data_dir=str(tmp_path), size=16), train=True)
+    assert len(labels) == 1 and np.array_equal(images[0, 0], grey // 256)
+
+
 def test_folders_that_are_not_there(tmp_path):
     for dataset in ("folder", "imagenet", "imagenet100"):
         with pytest.raises(UserError, match="--data_dir "):
@@ -141,5 +163,5 @@ def test_tiny_imagenet(tmp_path, capsys):
     with Image.open(io.BytesIO(val["val/images/val_5.JPEG"])) as image:
         assert np.array_equal(images[2].permute(1, 2, 0), np.asarray(image))
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK cut short")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_data(cfg, train=True)

@@ -169,5 +169,20 @@ def test_rk45_steps_are_per_row():
 
 
 def test_rk45_gives_up_with_advice():
-    with pytest.raises(rf_sc.UserError, match="--tol 1e-05.*--nfe"):
-        rk45(lambda x, t: x * torch.nan, torch.ones(1, 1), 0.0, 1.0, 1e-5)
+    """A broken network is noticed at once; a tolerance below the rounding of the velocity is never met."""
+    calls = []
+    with pytest.raises(rf_sc.UserError, match="not finite; try --amp off"):
+        rk45(lambda x, t: calls.append(1) or x * torch.nan, torch.ones(1, 1), 0.0, 1.0, 1e-5)
+    assert len(calls) == 7
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(rf_sc.UserError, match="--tol 1e-12.*--nfe"):
+        rk45(lambda x, t: torch.randn(1, 1, generator=generator) * 1e3, torch.ones(1, 1), 0.0, 1.0, 1e-12)
+
+
+def test_rk45_runs_in_float32():
+    """bf16 rounds by more than the tolerance, so that autocast would more than double the evaluations."""
+    seen, formulation = [], rf()
+    weight = torch.eye(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        formulation.sample(lambda x, t: seen.append((x @ weight).dtype) or -x, noise(1, torch.float32))
+    assert set(seen) == {torch.float32}

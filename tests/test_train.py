@@ -195,6 +195,18 @@ def test_weight_decay_groups():
     assert "pos_embed" not in names and not any(name.endswith("bias") for name in names)
 
 
+def test_resume_without_log_or_loss_scale(script, small):
+    """last.pt alone is enough; a run begun without loss scaling goes on where fp16 needs it, and --init is not read again."""
+    script.train(script.make_config(**small, steps=2))
+    (Path(small["out"]) / "log.jsonl").unlink()
+    script.train(script.make_config(**{**small, "init": "gone.pt"}, steps=3))
+    assert len(losses(small["out"])) == 1
+    cfg = script.make_config(**small)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    script.restore(Path(small["out"]) / "last.pt", cfg, dict(scaler=scaler))
+    assert scaler.is_enabled() and not final(small["out"])["scaler"]
+
+
 def test_init_starts_from_given_weights(script, small, tmp_path):
     script.train(script.make_config(**small, steps=2))
     weights = final(small["out"])["ema"]
