@@ -1,5 +1,6 @@
 """The training loop: exact resume, the same losses on any number of processes, faults that lose nothing."""
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -62,10 +63,10 @@ def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
     assert losses(whole.out) == losses(halves.out) and len(losses(whole.out)) == 12
 
 
-def test_five_kills(script, small, tmp_path):
-    """SIGKILL at random moments, five times; the run that ends at last has the weights of one that was never interrupted."""
-    if script.SCRIPT != "uvit_sc":
-        pytest.skip("the loop is the same text in every script; once is enough")
+def test_five_kills(small, tmp_path):
+    """SIGKILL at random moments, five times; the run that ends at last has the weights of one that was never interrupted.
+    The loop is the same text in every script; once is enough."""
+    script = importlib.import_module("uvit_sc")
     small = {**small, "epochs": 30, "save_every": 1, "sample_every": 1000}      # 240 steps, a save after each 8
     whole = launch(script.SCRIPT, flags({**small, "out": tmp_path / "whole"}))
     chance, log = random.Random(0), Path(small["out"]) / "log.jsonl"
@@ -112,12 +113,14 @@ def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path
     """1 x 8, 2 x 4 and 2 x 2 x 2 images: the same losses to 1e-5 over 20 steps, the same weights to 1e-4: Adam turns the
     rounding errors of gradients near zero into whole steps, and more so in UNets, whose norms hide the scale of some weights."""
     runs = {"one": (1, 1), "accum": (1, 2), "two": (2, 1), "both": (2, 2)}
+    if script.SCRIPT in ("edm_sc", "rf_sc"):        # the loop is the same text in every script, the loss is not
+        runs = {"one": (1, 1), "both": (2, 2)}
     started = {name: launch(script.SCRIPT, flags({**small, "steps": 20, "accum": accum, "out": tmp_path / name}), processes)
                for name, (processes, accum) in runs.items()}
     for name, process in started.items():
         status, _, err = finish(process, timeout=200)
         assert status == 0, f"{name}: {err[-2000:]}"
-    for name in ("accum", "two", "both"):
+    for name in set(runs) - {"one"}:
         difference = torch.tensor(losses(tmp_path / "one")) - torch.tensor(losses(tmp_path / name))
         assert len(difference) == 20 and difference.abs().max() < 1e-5, name
         for a, b in zip(final(tmp_path / "one")["ema"].values(), final(tmp_path / name)["ema"].values()):
