@@ -139,7 +139,7 @@ def save_heat_map(result, path, w=62, h=36):
     """The same as a picture: dark is low, yellow is high, the chosen cell is framed."""
     table = result["held_out_accuracy"]
     low, high = min(map(min, table)), max(map(max, table))
-    image = Image.new("RGB", (w * (len(result["layers"]) + 1) + 10, h * (len(table) + 1) + 30), "white")
+    image = Image.new("RGB", (max(w * (len(result["layers"]) + 1) + 10, 440), h * (len(table) + 1) + 30), "white")
     draw = ImageDraw.Draw(image)
     draw.text((8, 8), "held-out accuracy (%) of a linear probe: time (rows) and layer (columns)", fill="black")
     for j, layer in enumerate(result["layers"]):
