@@ -75,7 +75,7 @@ class Config:
 
 TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2")
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
-    "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=2),
+    "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_8")),
     "cifar100": dict(ddpmpp=dict(batch=256, layer="out_8")),
