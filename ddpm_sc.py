@@ -2,8 +2,8 @@
 
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2-4 results, Tables 8-11 settings.
 Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
-          the best layer's map, averaged over positions, is added to what conditions all layers after it. The lines
-          are marked [SC]. Cost: 460,288 parameters, 1 % compute.
+          the best layer's map, averaged over positions, is f, and e, what conditions all layers after it, becomes
+          e + s(t) * W f. The lines are marked [SC]. Cost: 460,288 parameters, 1 % compute.
 Maths     x_t = alpha_t x_0 + sigma_t eps                 Eq. (1); DDPM: alpha_t^2 + sigma_t^2 = 1, t = 1..1000
           loss = || eps_theta(x_t, t) - eps ||^2          Sec. 3.1
           sample = Euler's method on Eq. (2) = DDIM       100 network evaluations
@@ -50,7 +50,7 @@ class Config:
     dropout: float = 0.1         # where the public implementations have it (Table 8); U-ViT has none
     time_scale: float = 0.001    # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
     self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_6"         # best layer for the linear probe; the pooled features are this layer's (Table 10)
+    layer: str = "out_6"         # best for the linear probe (Table 10); of UNets, its features condition what follows
     t_probe: float = 11          # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -74,6 +74,7 @@ class Config:
 
 
 TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2")
+# time_scale 1 for short runs: with t / 1000, times look so alike at first that many images keep their noise.
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_UNET, time_scale=1.0, epochs=4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, time_scale=1.0, epochs=1, save_every=1, sample_every=1),
@@ -339,7 +340,7 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-# ---- 3. Backbone: the UNets of DDAE, ddpm and ddpmpp (Table 9), with the public parameter names ----------------------
+# ---- 3. Backbone: the UNets of DDAE (Table 9) with the public parameter names  [same text in the UNet scripts] -------
 
 class TimeEmbedding(nn.Module):
     """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E)."""
@@ -466,7 +467,7 @@ class UNet(nn.Module):
         self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
         if self.sc_layer:                                                           # [SC]
             self.sc_proj = nn.Linear(widths[self.sc_layer - 1], E)                  # [SC] W
-        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None      # [SC] s(t)
+        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None    # [SC] s(t)
         self.to(memory_format=torch.channels_last)      # the layout that convolutions like best
 
     @staticmethod
@@ -500,13 +501,14 @@ class UNet(nn.Module):
                 feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
             if last in feats:
                 return feats
-            if k == self.sc_layer:                                                  # [SC] what the image is about, f,
-                f = self.sc_proj(h.mean(dim=(2, 3)))                                # [SC] (B, E)
-                e = e + (self.sc_time(c) * f if self.sc_time else f)                # [SC] conditions all later layers
+            if k == self.sc_layer:                                                  # [SC] what the image is about:
+                f = h.mean(dim=(2, 3))                                              # [SC] (B, C_k), Sec. 4.1
+                s = self.sc_time(c) if self.sc_time else 1                          # [SC] (B, E); 1 is `add`, Table 7a
+                e = e + s * self.sc_proj(f)                                         # [SC] (B, E) for all later layers
         return self.final(F.silu(self.norm(h)))
 
 
-# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py] ---------------------------------------------
+# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py and uvit_sc.py] ------------------------------
 
 class DDPM:
     """Forward process, loss and sampler. Times are whole numbers 1..T, t = 0 is the data; images are in [-1, 1]."""
@@ -856,7 +858,8 @@ def make_config(dataset="glyphs", **overrides):
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
     recipe = {**RECIPES[dataset], **overrides}
-    special = recipe.get(recipe.get("backbone", Config.backbone), {})
+    backbone = recipe.get("backbone", Config.backbone)
+    special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
@@ -1003,6 +1006,9 @@ def main(argv=None):
         return 128 + signal_number if signal_number else 0
     except (UserError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

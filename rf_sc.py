@@ -2,8 +2,8 @@
 
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2-4 results, Tables 8-11 settings.
 Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
-          the best layer's map, averaged over positions, is added to what conditions all layers after it. The lines
-          are marked [SC]. Cost: 460,288 parameters, 1 % compute.
+          the best layer's map, averaged over positions, is f, and e, what conditions all layers after it, becomes
+          e + s(t) * W f. The lines are marked [SC]. Cost: 460,288 parameters, 1 % compute.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t in [0, 1], 0 = data
           loss = || v_theta(x_t, t) - (eps - x_0) ||^2    the velocity dx_t / dt
           sample = RK45 on dx / dt = v_theta(x, t)        140-160 network evaluations, as many as an image needs
@@ -49,7 +49,7 @@ class Config:
     backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
     dropout: float = 0.1         # where the public implementations have it (Table 8); U-ViT has none
     self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_7"         # best layer for the linear probe; the pooled features are this layer's (Table 10)
+    layer: str = "out_7"         # best for the linear probe (Table 10); of UNets, its features condition what follows
     t_probe: float = 0.06        # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -339,7 +339,7 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-# ---- 3. Backbone: the UNets of DDAE, ddpm and ddpmpp (Table 9), with the public parameter names ----------------------
+# ---- 3. Backbone: the UNets of DDAE (Table 9) with the public parameter names  [same text in the UNet scripts] -------
 
 class TimeEmbedding(nn.Module):
     """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E)."""
@@ -466,7 +466,7 @@ class UNet(nn.Module):
         self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
         if self.sc_layer:                                                           # [SC]
             self.sc_proj = nn.Linear(widths[self.sc_layer - 1], E)                  # [SC] W
-        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None      # [SC] s(t)
+        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None    # [SC] s(t)
         self.to(memory_format=torch.channels_last)      # the layout that convolutions like best
 
     @staticmethod
@@ -500,9 +500,10 @@ class UNet(nn.Module):
                 feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
             if last in feats:
                 return feats
-            if k == self.sc_layer:                                                  # [SC] what the image is about, f,
-                f = self.sc_proj(h.mean(dim=(2, 3)))                                # [SC] (B, E)
-                e = e + (self.sc_time(c) * f if self.sc_time else f)                # [SC] conditions all later layers
+            if k == self.sc_layer:                                                  # [SC] what the image is about:
+                f = h.mean(dim=(2, 3))                                              # [SC] (B, C_k), Sec. 4.1
+                s = self.sc_time(c) if self.sc_time else 1                          # [SC] (B, E); 1 is `add`, Table 7a
+                e = e + s * self.sc_proj(f)                                         # [SC] (B, E) for all later layers
         return self.final(F.silu(self.norm(h)))
 
 
@@ -520,7 +521,7 @@ def rk45(f, x, start, end, tol):
     """Solves dx/dt = f(x, t) from start to end: x (B, ...) at the end, and how often f was evaluated for each row (B,).
     Each row has step sizes of its own, so its solution does not depend on the others; rows that have arrived wait.
     A step is taken if its error, as a multiple of tol (1 + |x|), has a root mean square of at most 1, as in SciPy."""
-    column = lambda v: v.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+    column = lambda v: v.view(-1, *[1] * (x.dim() - 1))         # (B,) -> (B, 1, ...)
     t = torch.full((len(x),), start, dtype=x.dtype, device=x.device)
     step = torch.full_like(t, 0.01 * (end - start))
     k = [f(x, t)]
@@ -539,7 +540,7 @@ def rk45(f, x, start, end, tol):
         if not size[going].isfinite().all():
             raise UserError("RK45: the network's output is not finite; try --amp off or earlier weights")
         taken = going & (size <= 1)
-        x, k = torch.where(column(taken).bool(), x_new, x), [torch.where(column(taken).bool(), k[-1], k[0])]
+        x, k = torch.where(column(taken), x_new, x), [torch.where(column(taken), k[-1], k[0])]
         t = torch.where(taken, torch.where(last, end, t + step), t)
         step = torch.where(going, step * (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 10), step)
         nfe += 6 * going
@@ -891,7 +892,8 @@ def make_config(dataset="glyphs", **overrides):
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
     recipe = {**RECIPES[dataset], **overrides}
-    special = recipe.get(recipe.get("backbone", Config.backbone), {})
+    backbone = recipe.get("backbone", Config.backbone)
+    special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
@@ -1038,6 +1040,9 @@ def main(argv=None):
         return 128 + signal_number if signal_number else 0
     except (UserError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -49,7 +49,7 @@ class Config:
     time_scale: float = 1.0      # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
     pos_init: str = "normal"     # of positions: normal, as in U-ViT | sincos: knows the grid at once, for short runs
     self_cond: str = "cls"       # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_2"         # best layer for the linear probe; the pooled features are this layer's (Table 10)
+    layer: str = "out_2"         # best for the linear probe (Table 10); of UNets, its features condition what follows
     t_probe: float = 11          # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -454,7 +454,7 @@ class UViT(nn.Module):
         return self.final_layer(h.reshape(B, C, H, W))
 
 
-# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py] ---------------------------------------------
+# ---- 4. Formulation: DDPM (Sec. 3.1, Table 8)  [same text in ddpm_sc.py and uvit_sc.py] ------------------------------
 
 class DDPM:
     """Forward process, loss and sampler. Times are whole numbers 1..T, t = 0 is the data; images are in [-1, 1]."""
@@ -804,7 +804,8 @@ def make_config(dataset="glyphs", **overrides):
     if dataset not in RECIPES:
         raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
     recipe = {**RECIPES[dataset], **overrides}
-    special = recipe.get(recipe.get("backbone", Config.backbone), {})
+    backbone = recipe.get("backbone", Config.backbone)
+    special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
@@ -951,6 +952,9 @@ def main(argv=None):
         return 128 + signal_number if signal_number else 0
     except (UserError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

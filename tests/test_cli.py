@@ -36,6 +36,7 @@ BAD = [
     (["--t_probe", "-1"], "--t_probe -1"),
     (["--self_cond", "maybe"], "--self_cond maybe: must be one of "),
     (["--backbone", "resnet"], "--backbone resnet: must be one of "),
+    (["--backbone", "batch"], "--backbone batch: must be one of "),
     (["--layer", "out_99"], "--layer out_99: must be one of out_1, "),
     (["--layer", "cls_9"], "--layer cls_9: must be one of out_1, "),
     (["--dataset", "cifar10", "--size", "64"], "--size 64: must be one of 32"),
@@ -119,6 +120,15 @@ def test_default_run_folders_are_apart(script):
 def test_what_the_system_refuses_is_one_line(script, small, capsys):
     Path(small["out"]).write_text("a file, not a folder")
     assert "run" in ends_with_one_line(script, flags({**small, "steps": 1}), capsys)
+
+
+def test_interrupted_before_the_first_step(script, small, capsys, monkeypatch):
+    """Ctrl-C while data are read: one line, no traceback, nothing written."""
+    def interrupt(cfg, train):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(script, "load_data", interrupt)
+    assert script.main(flags(small)) == 130
+    assert capsys.readouterr().err == f"{script.SCRIPT}: interrupted\n" and not Path(small["out"]).exists()
 
 
 def test_more_processes_than_devices(script, monkeypatch):

@@ -99,6 +99,23 @@ def test_test_labels_do_not_touch_the_choice(run, monkeypatch):
     assert results[0]["accuracy"] != results[1]["accuracy"]
 
 
+def test_epochs_of_table_11(monkeypatch, tmp_path, cifar):
+    """15 on CIFAR, 30 elsewhere, and what --epochs says."""
+    seen = []
+
+    def stop(module, cfg, net, args):
+        seen.append(args.epochs)
+        raise module.UserError("enough")
+    monkeypatch.setattr(probe, "probe", stop)
+    for dataset in ("cifar10", "cifar100", "glyphs"):
+        cfg = uvit_sc.make_config(dataset, backbone="uvit_tiny", patch=8, layer="out_1")
+        uvit_sc.write_checkpoint(tmp_path / "net.pt", script="uvit_sc", config=vars(cfg), step=0, ema=uvit_sc.build_net(cfg).state_dict())
+        for more in ([], ["--epochs", "7"]):
+            with pytest.raises(SystemExit):
+                probe.main([str(tmp_path / "net.pt"), "--device", "cpu", *more])
+    assert seen == [15, 7, 15, 7, 30, 7]
+
+
 def test_extraction_repeats_itself(run):
     cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
     images, _ = uvit_sc.load_data(cfg, train=True)
