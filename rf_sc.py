@@ -61,7 +61,13 @@ class Config:
     beta1: float = 0.9           # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
     weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
-    flip: bool = True            # mirror half of the images (Table 11)
+    flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
+    # augmentation and contrast (Table 3)
+    aug: float = 0.0             # probability of each transformation of the non-leaky augmentation; 0.12 on CIFAR
+    cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
+    cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
+    cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
+    cl_hidden: int = 4096        # hidden units of projector and predictor
     # sampling
     nfe: int = 0                 # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
     tol: float = 1e-5            # relative and absolute tolerance of RK45 (SciPy's and torchdiffeq's usual 1e-5)
@@ -73,7 +79,8 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png
 
 
-TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2")
+TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2",
+                 cl_hidden=512)
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
@@ -342,18 +349,23 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
 # ---- 3. Backbone: the UNets of DDAE (Table 9) with the public parameter names  [same text in the UNet scripts] -------
 
 class TimeEmbedding(nn.Module):
-    """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E)."""
+    """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E). Labels of the
+    augmentation (B, 9) are added to the sinusoids, without bias: none is the same as zeros."""
 
-    def __init__(self, width, E):
+    def __init__(self, width, E, aug=False):
         super().__init__()
         self.frequencies = width // 2
+        if aug:
+            self.aug_emb = nn.Linear(9, width, bias=False)
         self.lin1 = nn.Linear(width, E)
         self.lin2 = nn.Linear(E, E)
 
-    def forward(self, c):
+    def forward(self, c, aug=None):
         powers = torch.arange(self.frequencies, device=c.device) / (self.frequencies - 1)
         angles = c.float()[:, None] * torch.exp(-math.log(10000) * powers)          # frequencies from 1 to 1/10000
-        return self.lin2(F.silu(self.lin1(torch.cat([angles.sin(), angles.cos()], dim=1))))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+        waves = waves if aug is None else waves + self.aug_emb(aug)
+        return self.lin2(F.silu(self.lin1(waves)))
 
 
 def group_norm(C):
@@ -437,7 +449,7 @@ class UNet(nn.Module):
         base, multiples, depth, biggan, attention = self.sizes[cfg.backbone]
         C, side, E, p = DATASETS[cfg.dataset][0], cfg.size, 4 * base, cfg.dropout
         self.image_proj = nn.Conv2d(C, base, 3, padding=1)
-        self.time_emb = TimeEmbedding(base, E)
+        self.time_emb = TimeEmbedding(base, E, cfg.aug > 0)
         self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
         width, skips = base, [base]                                                 # channels now, and of the skips
         for level, multiple in enumerate(multiples):
@@ -463,9 +475,10 @@ class UNet(nn.Module):
                 side *= 2
         self.norm = nn.GroupNorm(8, width)
         self.final = nn.Conv2d(width, C, 3, padding=1)
+        self.tap, self.D, self.E = cfg.layer, widths[int(cfg.layer[4:]) - 1], E     # what is contrasted, and widths
         self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
         if self.sc_layer:                                                           # [SC]
-            self.sc_proj = nn.Linear(widths[self.sc_layer - 1], E)                  # [SC] W
+            self.sc_proj = nn.Linear(self.D, E)                                     # [SC] W
         self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None    # [SC] s(t)
         self.to(memory_format=torch.channels_last)      # the layout that convolutions like best
 
@@ -480,10 +493,14 @@ class UNet(nn.Module):
             raise UserError(f"--layer {cfg.layer}: is the last, so it can condition none; use --self_cond none")
         return dict(self_cond=("adaptive", "add", "none"), layer=layers)
 
-    def forward(self, x, c, last=None):
-        """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). With the name of a layer as `last`: the pooled features of
-        all layers up to it, {name: (B, D) float32}; the rest is not computed."""
-        e = self.time_emb(c)                                                        # (B, E), the conditioning
+    def embed_time(self, c):
+        return self.time_emb(c)                                                     # (B, E)
+
+    def forward(self, x, c, aug=None, tap=False, last=None):
+        """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). aug (B, 9): labels of the augmentation; None is zeros.
+        With `tap`: prediction, and the pooled feature that is contrasted, (B, D) float32. With the name of a layer as
+        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        e = self.time_emb(c, aug)                                                   # (B, E), the conditioning
         h = self.image_proj(x)
         skips, feats, k = [h], {}, 0
         for block in self.down:
@@ -496,7 +513,7 @@ class UNet(nn.Module):
                 continue
             h = block(torch.cat([h, skips.pop()], dim=1), e)                        # (B, C_k, H_k, W_k)
             k += 1
-            if last:
+            if last or tap and f"out_{k}" == self.tap:
                 feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
             if last in feats:
                 return feats
@@ -504,7 +521,8 @@ class UNet(nn.Module):
                 f = h.mean(dim=(2, 3))                                              # [SC] (B, C_k), Sec. 4.1
                 s = self.sc_time(c) if self.sc_time else 1                          # [SC] (B, E); 1 is `add`, Table 7a
                 e = e + s * self.sc_proj(f)                                         # [SC] (B, E) for all later layers
-        return self.final(F.silu(self.norm(h)))
+        prediction = self.final(F.silu(self.norm(h)))
+        return (prediction, feats[self.tap]) if tap else prediction
 
 
 # ---- 4. Formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------------------------------
@@ -587,7 +605,179 @@ class RF:
         return x
 
 
-SCRIPT, Backbone, Diffusion = "rf_sc", UNet, RF     # what this script is made of
+SCRIPT, Backbone, Diffusion, Weighting = "rf_sc", UNet, RF, None     # what this script is made of
+
+
+# ---- 5. Non-leaky augmentation (Sec. 4.2; Karras et al. 2020, 2022)  [same text in the pixel scripts] ----------------
+
+SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+        0.0017677118642428036, -0.007800708325034148)       # the low-pass filter of the wavelet, 12 taps
+
+
+def draw_augment(n, p, generator, mirror=True):
+    """Parameters of n transformations, {name: float32 (n,)} on the generator's device; 0 is the identity. Each but the
+    mirroring of columns, which half of the images get, is drawn with probability p. mirror=False: none is mirrored."""
+    def draw(kind=torch.randn, gate=p):
+        values, gates = (f(n, generator=generator, device=generator.device) for f in (kind, torch.rand))
+        return values * (gates < gate)
+    coin = lambda *args, **kwargs: (torch.rand(*args, **kwargs) < 0.5).float()
+    angle = lambda *args, **kwargs: (torch.rand(*args, **kwargs) * 2 - 1) * math.pi
+    params = dict(xflip=draw(coin, mirror), yflip=draw(coin, p * mirror), scale=draw(), rotate=draw(angle),
+                  aniso=draw(), aniso_angle=draw(angle, 0.5), translate_x=draw())
+    params["translate_y"] = draw(gate=1) * (params["translate_x"] != 0)             # one gate for both
+    return params
+
+
+def augment_label(params):
+    """What the network is told of each transformation, lest it take it for a trait of the data: float32 (n, 9)."""
+    a, w, r = params["rotate"], params["aniso"], params["aniso_angle"]
+    return torch.stack([params["xflip"], params["yflip"], params["scale"], a.cos() - 1, a.sin(), w * r.cos(),
+                        w * r.sin(), params["translate_x"], params["translate_y"]], dim=1)
+
+
+@functools.lru_cache
+def resampling(S, device):
+    """As matrices, (6S - 4, S) and (S, 2S + 12): twice the resolution for S pixels, continued by reflection to 3S - 2,
+    and half of it for the 2S + 12 of a canvas. Both filter with SYM6; together they are the identity."""
+    reflect = torch.eye(S)[np.pad(np.arange(S), S - 1, mode="reflect")]
+    taps = torch.tensor(SYM6).view(1, 1, 12)
+    up = F.conv_transpose1d(torch.eye(3 * S - 2)[:, None], taps, stride=2, padding=5)[:, 0].T
+    down = F.conv1d(torch.eye(2 * S + 12)[:, None], taps, stride=2, padding=5)[:, 0, 3:-3].T
+    return (up @ reflect).to(device), down.contiguous().to(device)
+
+
+def apply_augment(x, params):
+    """Transforms square images x (B, C, S, S), float32 in [-1, 1] on any device, by params as draw_augment gives them:
+    mirrored, then, in one resampling, moved by translate * S / 8 pixels, stretched by 2^(0.2 aniso) along aniso_angle,
+    rotated by `rotate` and enlarged by 2^(0.2 scale). Returns images and labels (B, 9). Images that are only mirrored
+    cost nothing; params on the CPU spare the device the wait to learn which they are."""
+    S, labels = x.shape[-1], augment_label(params)
+    for name, axis in ("xflip", -1), ("yflip", -2):
+        x = torch.where(params[name].to(x.device).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
+    rows = (labels[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
+    if len(rows):
+        # From a place in the output to its place M z + v in the input, in pixels from the middle.
+        here = {name: values[rows] for name, values in params.items()}
+        turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
+        w, r = here["aniso"], here["aniso_angle"]
+        stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
+        M = turn(here["rotate"]) @ turn(-r) @ stretch @ turn(r) * 2 ** (-0.2 * here["scale"]).view(-1, 1, 1)
+        v = M @ torch.stack([here["translate_x"], here["translate_y"]], dim=1)[:, :, None] * (-S / 8)
+        # Both sides are upsampled by 2, where pixel 0 lies half a pixel off; grid_sample counts from -1 to 1.
+        up, down = resampling(S, x.device)
+        off = torch.full((2, 1), 0.5)
+        theta = torch.cat([M * (len(down.T) / len(up)), (M @ off + 2 * v - off) * (2 / len(up))], dim=2)
+        moved = rows.to(x.device)
+        grid = F.affine_grid(theta.to(x.device), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
+        x[moved] = down @ F.grid_sample(up @ x[moved] @ up.T, grid, align_corners=False) @ down.T
+    return x, labels.to(x.device)
+
+
+def draw_view(cfg, generator):
+    """What makes a view of each image of a global batch: {name: (batch,)} on the CPU."""
+    view = dict(flip=torch.rand(cfg.batch, generator=generator) < 0.5 * cfg.flip)
+    return {**view, **draw_augment(cfg.batch, cfg.aug, generator, cfg.flip)} if cfg.aug else view
+
+
+def make_view(x, view, rows):
+    """A slice of the images x, uint8 (batch, C, S, S), as seen in a view: float32 in [-1, 1], labels (B, 9) or None."""
+    x, view = x[rows], {name: values[rows] for name, values in view.items()}
+    x = to_float(torch.where(view.pop("flip").to(x.device).view(-1, 1, 1, 1), x.flip(-1), x))
+    return apply_augment(x, view) if view else (x, None)
+
+
+# ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes and with gradients through their
+    statistics, so that N processes compute what one does. (nn.SyncBatchNorm needs GPUs.)"""
+
+    def __init__(self, D, affine=True):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.full((D,), v)) if affine else v for v in (1.0, 0.0))
+
+    def forward(self, x):
+        def mean(x):
+            x = x.mean(dim=0)
+            return dist.nn.all_reduce(x) / WORLD if WORLD > 1 else x
+        x = x.float() - mean(x.float())
+        return x * (mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
+
+
+def mlp(*widths, last_norm):
+    """Linear, BatchNorm, ReLU, ... Linear, as the heads of MoCo v3 (Chen et al. 2021)."""
+    layers = []
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False) if last_norm else nn.Identity())
+
+
+class Projector(nn.Module):
+    """MoCo v3's projector (B, D) -> (B, 256). Given E, the width of a time embedding, it knows the time (Table 7b):
+    features of different noise are compared with those of one time, so what a feature means here depends on t."""
+
+    def __init__(self, D, hidden, E):
+        super().__init__()
+        self.time = nn.Linear(E, D) if E else None
+        self.mlp = mlp(D, hidden, hidden, 256, last_norm=True)
+
+    def forward(self, f, e):
+        return self.mlp(f + self.time(e) if self.time else f)
+
+
+def info_nce(q, k, T=0.2):
+    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes: each query is to find the key
+    of the same image among them. The factor 2 T keeps its gradient's size. In float32 whatever the precision."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
+    return 2 * T * F.cross_entropy(logits, torch.arange(len(q), device=q.device) + len(q) * RANK)
+
+
+class Learner(nn.Module):
+    """All that is trained: the network and the heads that training alone needs, with the whole loss as its forward: so
+    DistributedDataParallel sees one forward for each backward. A copy of it, averaged, is what we evaluate and, with
+    --cl, the teacher."""
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg, self.diffusion, self.heads = net, cfg, Diffusion(cfg), nn.ModuleDict()
+        if cfg.cl:
+            self.heads["projector"] = Projector(net.D, cfg.cl_hidden, net.E if cfg.cl_head == "time" else None)
+            self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256, last_norm=True)
+        if cfg.aug and Weighting:
+            self.heads["weighting"] = Weighting()
+
+    def forward(self, x_0, aug, t, noise, keys):
+        """One view of images with its labels, its times and noise, the keys of another -> the scalar to minimise, and
+        (2,) for the log: the diffusion loss and the contrastive one, without weights."""
+        seen = {}
+
+        def net(x, c):      # the network as Diffusion.loss knows it
+            prediction, seen["f"] = self.net(x, c, aug, tap=True)
+            seen["c"] = c
+            return prediction
+        loss = total = self.diffusion.loss(net, x_0, t, noise)                      # (B,)
+        contrast = loss.new_zeros(())
+        if "weighting" in self.heads:
+            total = self.heads["weighting"](loss, seen["c"])
+        if self.cfg.cl:
+            q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
+            contrast = info_nce(q, keys)
+        return total.mean() + self.cfg.cl * contrast, torch.stack([loss.mean(), contrast]).detach()
+
+    @torch.no_grad()
+    def keys(self, x_0, aug, noise):
+        """What queries shall find: another view's features at the time where they classify best (Tables 7c and 10),
+        projected, of all processes, (B * WORLD, 256). The network stops at the layer it needs."""
+        low = self.diffusion.limits["t_probe"][0]
+        t = torch.full((len(x_0),), low if self.cfg.cl_target == "min" else self.cfg.t_probe, device=x_0.device)
+        x_t, c = self.diffusion.inputs(self.diffusion.add_noise(x_0, t, noise), t)
+        k = self.heads["projector"](self.net(x_t, c, aug, last=self.net.tap)[self.net.tap], self.net.embed_time(c))
+        parts = [torch.empty_like(k) for _ in range(WORLD)]
+        if WORLD > 1:
+            dist.all_gather(parts, k)
+        return torch.cat(parts) if WORLD > 1 else k
 
 
 # ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
@@ -655,7 +845,7 @@ def make_optimizer(net, cfg):
     """AdamW, without decay for biases and positions but with it for [CLS] (Appendix A)."""
     groups = {True: [], False: []}
     for name, p in net.named_parameters():
-        groups[name.endswith("bias") or name == "pos_embed"].append(p)
+        groups[name.endswith(("bias", "pos_embed"))].append(p)
     groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, 0.999), fused=True)
 
@@ -758,28 +948,32 @@ def train(cfg):
 
     # The state of the run, and where it stands.
     torch.manual_seed(cfg.seed)
-    net = build_net(cfg).to(device).train()
+    learner = Learner(build_net(cfg), cfg).to(device).train()
     if cfg.init and not (out / "last.pt").exists():
-        load_weights(net, cfg.init)
-        print(f"starting from all {len(net.state_dict())} tensors of {cfg.init}")
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer, context = make_optimizer(net, cfg), autocast(cfg, device)
+        load_weights(learner.net, cfg.init)
+        print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
+    mean = copy.deepcopy(learner).eval().requires_grad_(False)          # its average over the steps
+    optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
-    parts = dict(model=net, ema=ema, optimizer=optimizer, scaler=scaler)
+    parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
+                 scaler=scaler)
     step, log = 0, []
     if (out / "last.pt").exists():
         step = restore(out / "last.pt", cfg, parts)
         old = out / "log.jsonl"
         log = [json.loads(line) for line in old.read_text().splitlines() if line.endswith("}")] if old.exists() else []
         log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
-    model = torch.compile(net) if cfg.compile else net
-    if WORLD > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if cfg.compile:
+        learner.net.compile()
+    model = learner
+    if WORLD > 1:       # the few buffers are constants: nothing to broadcast
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                                    broadcast_buffers=False)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        size = sum(p.numel() for p in net.parameters())
+        size = sum(p.numel() for p in learner.net.parameters())
         print(f"{out}: {N} images, {size:,} parameters, {total} steps of {cfg.batch} images, {WORLD} x {device.type}, "
               f"{context.fast_dtype}", flush=True)
         if step:
@@ -793,34 +987,39 @@ def train(cfg):
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
     handlers = {s: signal.signal(s, lambda number, frame: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
-    window = torch.zeros(2, device=device)      # sum of losses, and number of steps, since the last log line
+    window = torch.zeros(3, device=device)      # sums of both losses, and number of steps, since the last log line
     saved = logged = time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 20)
     while step < total and not leave:
         # 1. All that is random, for the global batch.
         gen = rng(cfg.seed, step, 0, device=device)
         x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(images.device)].to(device)    # uint8 (batch, C, H, W)
-        flip = torch.rand((cfg.batch, 1, 1, 1), generator=gen, device=device) < 0.5 * cfg.flip
         t = diffusion.draw_t(cfg.batch, gen)
         noise = torch.randn(x.shape, generator=gen, device=device)
+        view = draw_view(cfg, rng(cfg.seed, step, 3))
+        if cfg.cl:
+            other_view = draw_view(cfg, rng(cfg.seed, step, 4))
+            other_noise = torch.randn(x.shape, generator=gen, device=device)
 
         # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
         loss = 0
         for i in range(cfg.accum):
             first = (RANK * cfg.accum + i) * share
             mine = slice(first, first + share)
-            x_0 = to_float(torch.where(flip[mine], x[mine].flip(-1), x[mine]))
             if cfg.dropout:
                 torch.manual_seed(rng(cfg.seed, step, 2, first).initial_seed())
+            x_0, aug = make_view(x, view, mine)
+            other = make_view(x, other_view, mine) if cfg.cl else None
             with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
                 with context:
-                    part = diffusion.loss(model, x_0, t[mine], noise[mine]).mean() / cfg.accum
-                scaler.scale(part).backward()
-            loss = loss + part.detach()
+                    keys = mean.keys(*other, other_noise[mine]) if cfg.cl else None
+                    objective, part = model(x_0, aug, t[mine], noise[mine], keys)
+                scaler.scale(objective / cfg.accum).backward()
+            loss = loss + part / cfg.accum
 
         # 3. The step. One whose gradient is not finite is skipped on the device: the CPU need not wait to look.
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         finite = norm.isfinite()
         if not scaler.is_enabled():
             optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
@@ -830,9 +1029,9 @@ def train(cfg):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        update_ema(ema, net, cfg.ema, step + 1)
+        update_ema(mean, learner, cfg.ema, step + 1)
         bad = torch.where(finite, 0, bad + 1)
-        window += torch.where(finite, torch.stack([loss, torch.ones_like(loss)]), 0)
+        window += torch.where(finite, torch.cat([loss, loss.new_ones(1)]), 0)
         step += 1
         bar.update()
 
@@ -842,10 +1041,12 @@ def train(cfg):
             if WORLD > 1:
                 dist.all_reduce(window)
                 dist.all_reduce(leave, dist.ReduceOp.MAX)
-            (loss, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            (loss, contrast, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
             line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
                         lr=group["lr"], grad_norm=norm.item(),
                         images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
+            if cfg.cl:
+                line["contrast"] = contrast / count if count else None
             log.append(line)
             if RANK == 0:
                 with open(out / "log.jsonl", "a") as file:
@@ -862,12 +1063,12 @@ def train(cfg):
         epoch, end = step * cfg.batch // N, step == total
         ended = (step - 1) * cfg.batch // N < epoch
         if end or ended and epoch % cfg.sample_every == 0:
-            grid = sample(ema, cfg, range(64))                  # drawn by all processes together
+            grid = sample(mean.net, cfg, range(64))                  # drawn by all processes together
             if RANK == 0:
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
         if end or ended and epoch % cfg.save_every == 0:
-            save(f"ckpt_{epoch:04d}.pt", ema=ema)
+            save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
         if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
@@ -881,7 +1082,8 @@ def train(cfg):
 
 LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
               accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1),
-              ema=(0, 0.999999), save_every=(1, 10**6), sample_every=(1, 10**6))
+              ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16), save_every=(1, 10**6),
+              sample_every=(1, 10**6))
 
 
 def make_config(dataset="glyphs", **overrides):
@@ -898,11 +1100,17 @@ def make_config(dataset="glyphs", **overrides):
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
-    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-{cfg.self_cond}-s{cfg.seed}"
+    data += [cfg.self_cond] + ["aug"] * (cfg.aug > 0) + ["cl"] * (cfg.cl > 0)
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
-    choices = dict(backbone=Backbone.sizes, device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
+    for name in ("aug_mask", "cl_head", "cl_target", "cl_feature"):
+        switch = name.split("_")[0]
+        if getattr(cfg, name, None) != getattr(Config, name, None) and not getattr(cfg, switch):
+            raise UserError(f"--{name} {getattr(cfg, name)}: does nothing without --{switch}")
+    choices = dict(backbone=Backbone.sizes, cl_head=("time", "plain"), cl_target=("probe", "min"),
+                   device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
     if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
         choices |= dict(size=DATASETS[dataset][1:2])
     choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # Config and RECIPES hold different values (a shared field keeps its type and comment), the glue line different choices.
-MAY_DIFFER = {"Config", "RECIPES", "SCRIPT", "Backbone", "Diffusion"}
+MAY_DIFFER = {"Config", "RECIPES", "SCRIPT", "Backbone", "Diffusion", "Weighting"}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 
 

@@ -93,7 +93,7 @@ def test_patches_go_back_where_they_came_from():
     net = build_net(cfg)
     p, C = cfg.patch, 3
     for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
-        block.forward = lambda x, skip=None: x
+        block.forward = lambda x, mask, skip=None: x
     net.norm = torch.nn.Identity()
     with torch.no_grad():
         for q in net.parameters():
