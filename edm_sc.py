@@ -234,9 +234,10 @@ def read_tiny_imagenet(cfg, train):
         return decode_once(cfg, train, names, labels, [archive.getinfo(name).CRC for name in names], archive.open)
 
 
-def read_folders(cfg, train):
+def list_folders(cfg, train):
     """Folders of class folders, sorted: train/ and val/ (or test/) in DATA_DIR/DATASET, or else in DATA_DIR. With
-    --dataset folder, the class folders may also lie there without train/."""
+    --dataset folder, the class folders may also lie there without train/. Returns the root, and of each image its path
+    from there, its label and a stamp that changes with the file."""
     root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
     home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
     split = home if train else next((root / s for s in ("val", "test") if (root / s).is_dir()), root / "val")
@@ -253,8 +254,12 @@ def read_folders(cfg, train):
         raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
                         f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
     names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
-    return decode_once(cfg, train, names, labels, stamps, lambda name: open(root / name, "rb"))
+    return root, names, labels, [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+
+
+def read_folders(cfg, train):
+    root, *listing = list_folders(cfg, train)
+    return decode_once(cfg, train, *listing, lambda name: open(root / name, "rb"))
 
 
 def centre_crop(image, size):
@@ -546,6 +551,7 @@ class EDM:
     """Forward process, loss and sampler. Times are noise levels sigma, sigma = 0 is the data; images are in [-1, 1]."""
     sigma_data = 0.5
     probe_times = (0.0075, 0.0229, 0.06, 0.1395, 0.2964, 0.5853)                    # steps 2..7 of 18, for probe.py
+    quartiles = (0.1341, 0.3012, 0.6766)                                            # of the training times, for the log
     limits = dict(nfe=(1, 1000), t_probe=(0.002, 80))
 
     def __init__(self, cfg):
@@ -669,11 +675,13 @@ def draw_view(cfg, generator):
     return {**view, **draw_augment(cfg.batch, cfg.aug, generator, cfg.flip)} if cfg.aug else view
 
 
-def make_view(x, view, rows):
-    """A slice of the images x, uint8 (batch, C, S, S), as seen in a view: float32 in [-1, 1], labels (B, 9) or None."""
-    x, view = x[rows], {name: values[rows] for name, values in view.items()}
-    x = to_float(torch.where(view.pop("flip").to(x.device).view(-1, 1, 1, 1), x.flip(-1), x))
-    return apply_augment(x, view) if view else (x, None)
+def make_view(images, classes, view):
+    """Images uint8 (B, C, S, S) as seen in a view: float32 in [-1, 1]; and what the network is told, labels (B, 9) of
+    the augmentation or None. It is never told the classes (B,)."""
+    params = dict(view)
+    flip = params.pop("flip").to(images.device).view(-1, 1, 1, 1)
+    x = to_float(torch.where(flip, images.flip(-1), images))
+    return apply_augment(x, params) if params else (x, None)
 
 
 # ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
@@ -737,13 +745,14 @@ class Learner(nn.Module):
         if cfg.aug and Weighting:
             self.heads["weighting"] = Weighting()
 
-    def forward(self, x_0, aug, t, noise, keys):
-        """One view of images with its labels, its times and noise, the keys of another -> the scalar to minimise, and
-        (2,) for the log: the diffusion loss and the contrastive one, without weights."""
+    def forward(self, x_0, labels, t, noise, keys):
+        """A view of images and what the network is told of it, times, noise, the keys of another view -> the scalar to
+        minimise, and for the log, without weights: the diffusion loss, the contrastive one, and of each quarter of the
+        training times the sum of losses and the count, (10,)."""
         seen = {}
 
         def net(x, c):      # the network as Diffusion.loss knows it
-            prediction, seen["f"] = self.net(x, c, aug, tap=True)
+            prediction, seen["f"] = self.net(x, c, labels, tap=True)
             seen["c"] = c
             return prediction
         loss = total = self.diffusion.loss(net, x_0, t, noise)                      # (B,)
@@ -753,16 +762,19 @@ class Learner(nn.Module):
         if self.cfg.cl:
             q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
             contrast = info_nce(q, keys)
-        return total.mean() + self.cfg.cl * contrast, torch.stack([loss.mean(), contrast]).detach()
+        quarter = F.one_hot(torch.bucketize(t, t.new_tensor(self.diffusion.quartiles)), 4).to(loss.dtype)     # (B, 4)
+        parts = torch.cat([torch.stack([loss.mean(), contrast]), loss @ quarter, quarter.sum(dim=0)])
+        return total.mean() + self.cfg.cl * contrast, parts.detach()
 
     @torch.no_grad()
-    def keys(self, x_0, aug, noise):
+    def keys(self, x_0, labels, noise):
         """What queries shall find: another view's features at the time where they classify best (Tables 7c and 10),
         projected, of all processes, (B * WORLD, 256). The network stops at the layer it needs."""
         low = self.diffusion.limits["t_probe"][0]
         t = torch.full((len(x_0),), low if self.cfg.cl_target == "min" else self.cfg.t_probe, device=x_0.device)
         x_t, c = self.diffusion.inputs(self.diffusion.add_noise(x_0, t, noise), t)
-        k = self.heads["projector"](self.net(x_t, c, aug, last=self.net.tap)[self.net.tap], self.net.embed_time(c))
+        f = self.net(x_t, c, labels, last=self.net.tap)[self.net.tap]
+        k = self.heads["projector"](f, self.net.embed_time(c))
         parts = [torch.empty_like(k) for _ in range(WORLD)]
         if WORLD > 1:
             dist.all_gather(parts, k)
@@ -790,6 +802,22 @@ def batch_indices(n, batch, seed, step):
     into equal pieces: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
     place = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
+
+
+def read_batches(images, classes, cfg, step, own, device):
+    """From a step on, the images and classes of this process's part of each global batch, on the device. A thread reads
+    one step ahead, as images may come from a disk."""
+    def read(step):
+        rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
+        x = images[rows.to(images.device)]
+        return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x, classes[rows]
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, step)
+        while True:
+            x, y = ahead.result()
+            step += 1
+            ahead = reader.submit(read, step)
+            yield x.to(device, non_blocking=True), y.to(device)
 
 
 def start(cfg):
@@ -929,7 +957,7 @@ def train(cfg):
         raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
                         f"use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
-        images = load_data(cfg, train=True)[0]
+        images, classes = load_data(cfg, train=True)
     N = len(images)
     if images.nbytes < 4e9:     # all of CIFAR takes 0.2 GB, ImageNet100 at 64 x 64 takes 1.6 GB
         images = images.to(device)
@@ -976,33 +1004,34 @@ def train(cfg):
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
     handlers = {s: signal.signal(s, lambda number, frame: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
-    window = torch.zeros(3, device=device)      # sums of both losses, and number of steps, since the last log line
+    window = torch.zeros(11, device=device)     # number of steps since the last log line, and sums over them
+    own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)      # what of a batch this process does
+    batches = read_batches(images, classes, cfg, step, own, device)
     saved = logged = time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 20)
     while step < total and not leave:
-        # 1. All that is random, for the global batch.
-        gen = rng(cfg.seed, step, 0, device=device)
-        x = images[batch_indices(N, cfg.batch, cfg.seed, step).to(images.device)].to(device)    # uint8 (batch, C, H, W)
-        t = diffusion.draw_t(cfg.batch, gen)
-        noise = torch.randn(x.shape, generator=gen, device=device)
+        # 1. All that is random, drawn for the global batch: times, noise, and views of the images.
+        batch, gen, shape = next(batches), rng(cfg.seed, step, 0, device=device), (cfg.batch, *images.shape[-3:])
+        t = diffusion.draw_t(cfg.batch, gen)[own]
+        noise = torch.randn(shape, generator=gen, device=device)[own]
         view = draw_view(cfg, rng(cfg.seed, step, 3))
         if cfg.cl:
             other_view = draw_view(cfg, rng(cfg.seed, step, 4))
-            other_noise = torch.randn(x.shape, generator=gen, device=device)
+            other_noise = torch.randn(shape, generator=gen, device=device)[own]
 
         # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
         loss = 0
         for i in range(cfg.accum):
-            first = (RANK * cfg.accum + i) * share
-            mine = slice(first, first + share)
+            mine = slice(i * share, (i + 1) * share)
+            seen_as = lambda view: make_view(*(v[mine] for v in batch), {k: v[own][mine] for k, v in view.items()})
+            x_0, labels = seen_as(view)
+            other = seen_as(other_view) if cfg.cl else None
             if cfg.dropout:
-                torch.manual_seed(rng(cfg.seed, step, 2, first).initial_seed())
-            x_0, aug = make_view(x, view, mine)
-            other = make_view(x, other_view, mine) if cfg.cl else None
+                torch.manual_seed(rng(cfg.seed, step, 2, own.start + mine.start).initial_seed())
             with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
                 with context:
                     keys = mean.keys(*other, other_noise[mine]) if cfg.cl else None
-                    objective, part = model(x_0, aug, t[mine], noise[mine], keys)
+                    objective, part = model(x_0, labels, t[mine], noise[mine], keys)
                 scaler.scale(objective / cfg.accum).backward()
             loss = loss + part / cfg.accum
 
@@ -1020,7 +1049,7 @@ def train(cfg):
         optimizer.zero_grad()
         update_ema(mean, learner, cfg.ema, step + 1)
         bad = torch.where(finite, 0, bad + 1)
-        window += torch.where(finite, torch.cat([loss, loss.new_ones(1)]), 0)
+        window += torch.where(finite, torch.cat([loss.new_ones(1), loss]), 0)
         step += 1
         bar.update()
 
@@ -1030,10 +1059,10 @@ def train(cfg):
             if WORLD > 1:
                 dist.all_reduce(window)
                 dist.all_reduce(leave, dist.ReduceOp.MAX)
-            (loss, contrast, count), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            (count, loss, contrast, *times), leave, seconds = window.tolist(), int(leave), time.time() - logged
             line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
-                        lr=group["lr"], grad_norm=norm.item(),
-                        images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
+                        loss_by_time=[a / n if n else None for a, n in zip(times[:4], times[4:])], lr=group["lr"],
+                        grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
             if cfg.cl:
                 line["contrast"] = contrast / count if count else None
             log.append(line)
@@ -1145,25 +1174,30 @@ def features(net, x, t, noise, last=None):
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
 
 
+def draw_images(net, cfg, seeds):
+    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
+    noise of each comes from a CPU generator of its own."""
+    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
+    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with autocast(cfg, device):
+        x = diffusion.sample(net, noise.to(device))
+    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
+
+
 def sample(net, cfg, seeds, batch=64, progress=False):
-    """Images uint8 (n, C, H, W) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
-    number of processes, which share the work and all get all images. Noise comes from one CPU generator per image. The
-    net sees multiples of 8 images: matrix products with fewer rows use other kernels, which round differently. net.nfe
-    is then the mean number of network evaluations for an image."""
-    device, seeds = next(net.parameters()).device, list(seeds)
-    C, S, diffusion = DATASETS[cfg.dataset][0], cfg.size, Diffusion(cfg)
+    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
+    number of processes, which share the work and all get all images. The net sees multiples of 8 images: matrix
+    products with fewer rows use other kernels, which round differently. net.nfe is then the mean number of network
+    evaluations for an image."""
+    device, seeds, C, S = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset][0], cfg.size
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     evaluations = torch.zeros(len(seeds), device=device)
     mine = list(range(RANK, len(seeds), WORLD))
     quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
     for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=quiet):
         rows = mine[i:i + batch]
-        noise = torch.zeros(len(rows) + -len(rows) % 8, C, S, S)
-        for k, row in enumerate(rows):
-            noise[k] = torch.randn(C, S, S, generator=torch.Generator().manual_seed(seeds[row]))
-        with autocast(cfg, device):
-            images[rows] = to_uint8(diffusion.sample(net, noise.to(device)))[:len(rows)]
-        evaluations[rows] = torch.as_tensor(diffusion.nfe, device=device).float().expand(len(noise))[:len(rows)]
+        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + [0] * (-len(rows) % 8))
+        images[rows], evaluations[rows] = drawn[:len(rows)], nfe[:len(rows)]
     if WORLD > 1:
         dist.all_reduce(images)     # the other processes' rows are zero
         dist.all_reduce(evaluations)

@@ -50,9 +50,8 @@ def extract(module, net, images, t, layers, seed, flip=False, batch=250):
     device, out = next(net.parameters()).device, []
     gen = torch.Generator(device).manual_seed(seed)
     for x in tqdm(images.split(batch), desc=f"features at t = {t:g}", unit="batch", leave=False, disable=None):
-        x = module.to_float(x.to(device))
-        if flip:
-            x = torch.where(torch.rand((len(x), 1, 1, 1), generator=gen, device=device) < 0.5, x.flip(-1), x)
+        flips = torch.rand(len(x), generator=gen, device=device) < 0.5 * flip
+        x, _ = module.make_view(x.to(device), None, dict(flip=flips))       # no augmentation, no class
         noise = torch.randn(x.shape, generator=gen, device=device)
         feats = module.features(net, x, t, noise, last=layers[-1])
         width = max(feats[layer].shape[1] for layer in layers)
@@ -116,12 +115,13 @@ def probe(module, cfg, net, args):
 
     # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set.
     heads = fit(draws, labels, classes, args)
-    pixels = [module.to_float(x).flatten(1)[None] for x in (images, images.flip(-1))[:1 + cfg.flip]]
+    flat = lambda images, flip: module.make_view(images, None, dict(flip=torch.full((len(images),), flip)))[0].flatten(1)[None]
+    pixels = [flat(images, flip) for flip in (False, True)[:1 + cfg.flip]]
     raw_heads = fit(pixels, labels, classes, args)
     test_images, test_labels = module.load_data(cfg, train=False)
     test = extract(module, net, test_images, t, [layer], seed=args.seed * 1000 + 999)
     return dict(accuracy=accuracy(heads, test, test_labels)[0],
-                raw_pixels=accuracy(raw_heads, module.to_float(test_images).flatten(1)[None], test_labels)[0],
+                raw_pixels=accuracy(raw_heads, flat(test_images, False), test_labels)[0],
                 t=t, layer=layer, times=args.times, layers=names, held_out_accuracy=table,
                 train_images=N, held_out_images=int(held.sum()), test_images=len(test_labels))
 

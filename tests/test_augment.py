@@ -141,13 +141,13 @@ def test_views(script):
     cfg = script.make_config(**{**(SMALL if script is uvit_sc else SMALL_UNET), "batch": 16, "aug": 0.9})
     x = torch.randint(0, 256, (16, 3, cfg.size, cfg.size), dtype=torch.uint8)
     view = script.draw_view(cfg, script.rng(1))
-    whole, labels = script.make_view(x, view, slice(0, 16))
+    whole, labels = script.make_view(x, torch.zeros(16), view)
     assert whole.dtype == torch.float32 and labels.shape == (16, 9)
     for rows in (slice(0, 8), slice(8, 16)):
-        part, label = script.make_view(x, view, rows)
+        part, label = script.make_view(x[rows], torch.zeros(8), {name: values[rows] for name, values in view.items()})
         assert (part - whole[rows]).abs().max() < 1e-5 and torch.equal(label, labels[rows])
     cfg.aug = 0
-    plain, nothing = script.make_view(x, {"flip": view["flip"]}, slice(0, 16))
+    plain, nothing = script.make_view(x, torch.zeros(16), {"flip": view["flip"]})
     assert nothing is None and torch.equal(plain, script.to_float(torch.where(view["flip"].view(-1, 1, 1, 1), x.flip(-1), x)))
     assert 0 < view["flip"].sum() < 16
     cfg.flip = False

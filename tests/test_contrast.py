@@ -21,10 +21,10 @@ def learner(script, small, **fields):
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    x, view = script.load_data(cfg, train=True)[0][:8], script.draw_view(cfg, script.rng(3))
+    images, classes = script.load_data(cfg, train=True)
+    x_0, labels = script.make_view(images[:8], classes[:8], script.draw_view(cfg, script.rng(3)))
     gen = script.rng(0)
-    noise = torch.randn(x.shape, generator=gen)
-    return made, (*script.make_view(x, view, slice(0, 8)), made.diffusion.draw_t(8, gen), noise), cfg
+    return made, (x_0, labels, made.diffusion.draw_t(8, gen), torch.randn(x_0.shape, generator=gen)), cfg
 
 
 def test_info_nce_in_float64(script, monkeypatch):
@@ -73,14 +73,15 @@ def test_the_objective(script, small):
     """diffusion + gamma * contrast, both logged; without --cl exactly the diffusion loss and no head."""
     made, inputs, cfg = learner(script, small)
     keys = made.keys(inputs[0], inputs[1], torch.randn_like(inputs[0]))
-    total, (diffusion, contrast) = made(*inputs, keys)
+    total, (diffusion, contrast, *times) = made(*inputs, keys)
     expected = made.diffusion.loss(made.net, inputs[0], *inputs[2:]).mean()
     assert diffusion == pytest.approx(expected.item(), rel=1e-5) and 0 < contrast < 4
+    assert sum(times[:4]) == pytest.approx(8 * expected.item(), rel=1e-5) and sum(times[4:]) == 8
     assert total.item() == pytest.approx(diffusion.item() + 0.01 * contrast.item(), rel=1e-6)
     cfg.cl = 0
     plain = script.Learner(made.net, cfg)
     assert not list(plain.heads.parameters())
-    total, (diffusion, contrast) = plain(*inputs, None)
+    total, (diffusion, contrast, *_) = plain(*inputs, None)
     assert total.item() == diffusion.item() == pytest.approx(expected.item(), rel=1e-5) and contrast == 0
 
 
@@ -192,10 +193,10 @@ def test_processes_agree(name, small, photos, cifar, tmp_path):
 def test_two_views(script, small, monkeypatch):
     """The teacher sees the same images in other views and other noise."""
     seen, true = [], script.Learner.keys
-    monkeypatch.setattr(script.Learner, "keys", lambda self, x, aug, noise: (seen.append((x, noise)), true(self, x, aug, noise))[1])
+    monkeypatch.setattr(script.Learner, "keys", lambda self, x, y, noise: (seen.append((x, noise)), true(self, x, y, noise))[1])
     forward = script.Learner.forward
-    monkeypatch.setattr(script.Learner, "forward", lambda self, x, aug, t, noise, keys: (
-        seen.append((x, noise)), forward(self, x, aug, t, noise, keys))[1])
+    monkeypatch.setattr(script.Learner, "forward", lambda self, x, y, t, noise, keys: (
+        seen.append((x, noise)), forward(self, x, y, t, noise, keys))[1])
     script.train(script.make_config(**small, cl=0.01, cl_hidden=16, steps=1))
     (x, noise), (y, other) = seen
     assert (noise - other).abs().min(dim=0)[0].max() > 0.1

@@ -40,7 +40,7 @@ def test_run_folder(script, small):
     assert state["step"] == 16 and state["script"] == script.SCRIPT     # 2 epochs of 64 images in batches of 8
     assert script.Config(**state["config"]) == cfg == script.Config(**json.loads((Path(cfg.out) / "config.json").read_text()))
     line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-    assert set(line) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"} and line["epoch"] == 2
+    assert set(line) == {"step", "epoch", "loss", "loss_by_time", "lr", "grad_norm", "images_per_second"} and line["epoch"] == 2
 
 
 def test_steps_rule_over_epochs(script, small):
