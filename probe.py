@@ -115,7 +115,8 @@ def probe(module, cfg, net, args):
 
     # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set.
     heads = fit(draws, labels, classes, args)
-    flat = lambda images, flip: module.make_view(images, None, dict(flip=torch.full((len(images),), flip)))[0].flatten(1)[None]
+    view = lambda images, flip: module.make_view(images, None, dict(flip=torch.full((len(images),), flip)))[0]
+    flat = lambda images, flip: view(images, flip).flatten(1)[None]
     pixels = [flat(images, flip) for flip in (False, True)[:1 + cfg.flip]]
     raw_heads = fit(pixels, labels, classes, args)
     test_images, test_labels = module.load_data(cfg, train=False)

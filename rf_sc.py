@@ -59,11 +59,12 @@ class Config:
     lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
     warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
     beta1: float = 0.9           # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
+    beta2: float = 0.999         # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
     weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each transformation of the non-leaky augmentation; 0.12 on CIFAR
+    aug: float = 0.0             # probability of each non-leaky transformation, 0.12 on CIFAR; of latents: a shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
     cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
@@ -444,7 +445,7 @@ class Resample(nn.Module):
 class UNet(nn.Module):
     """Down through the levels, a middle, up again with skip connections. The decoder is conditioned on its features."""
     sizes = {  # base width, multiple of it at each level, blocks per level, BigGAN resampling, side with attention
-        "unet_tiny": (32, (1, 2, 2), 1, False, 8),
+        "unet_tiny": (32, (1, 2, 4), 1, False, 8),
         "ddpm": (128, (1, 2, 2, 2), 2, False, 16),
         "ddpmpp": (128, (2, 2, 2), 4, True, 16),
     }
@@ -609,6 +610,16 @@ class RF:
         for i in range(self.steps):
             x = x - velocity(x, torch.full((len(x),), 1 - i / self.steps, device=x.device)) / self.steps
         return x
+
+
+def draw_images(net, cfg, seeds):
+    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
+    noise of each comes from a CPU generator of its own."""
+    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
+    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with autocast(cfg, device):
+        x = diffusion.sample(net, noise.to(device))
+    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
 
 
 SCRIPT, Backbone, Diffusion, Weighting = "rf_sc", UNet, RF, None     # what this script is made of
@@ -875,7 +886,7 @@ def make_optimizer(net, cfg):
     for name, p in net.named_parameters():
         groups[name.endswith(("bias", "pos_embed"))].append(p)
     groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 @torch.no_grad()
@@ -1110,9 +1121,9 @@ def train(cfg):
 # ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
 
 LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
-              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1),
-              ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16), save_every=(1, 10**6),
-              sample_every=(1, 10**6))
+              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), beta2=(0, 0.99999),
+              weight_decay=(0, 1), ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16),
+              save_every=(1, 10**6), sample_every=(1, 10**6))
 
 
 def make_config(dataset="glyphs", **overrides):
@@ -1129,7 +1140,7 @@ def make_config(dataset="glyphs", **overrides):
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + ["aug"] * (cfg.aug > 0) + ["cl"] * (cfg.cl > 0)
+    data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
@@ -1159,6 +1170,8 @@ def build_net(cfg):
 def load_weights(net, path, weights="ema"):
     """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
+    if "script" not in state and hasattr(net, "from_official"):
+        state = net.from_official(state)
     try:
         net.load_state_dict(state.get(weights, state))
     except (RuntimeError, AttributeError) as error:
@@ -1183,16 +1196,6 @@ def features(net, x, t, noise, last=None):
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
-
-
-def draw_images(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
-    noise of each comes from a CPU generator of its own."""
-    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
-    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with autocast(cfg, device):
-        x = diffusion.sample(net, noise.to(device))
-    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
 
 
 def sample(net, cfg, seeds, batch=64, progress=False):
@@ -1248,7 +1251,7 @@ def parse_command_line(argv):
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    if idle := set(given) - {"seed", "batch", "nfe", "tol", "device", "amp"}:
+    if idle := set(given) - {*"seed batch nfe tol shift guidance guide_until vae device amp".split()}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
     n = 64 if args.n is None else args.n
     if n < 1:

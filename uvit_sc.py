@@ -59,11 +59,12 @@ class Config:
     lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
     warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
     beta1: float = 0.99          # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
+    beta2: float = 0.999         # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
     weight_decay: float = 0.03   # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each transformation of the non-leaky augmentation; 0.12 on CIFAR
+    aug: float = 0.0             # probability of each non-leaky transformation, 0.12 on CIFAR; of latents: a shifted crop
     aug_mask: int = 1            # 1: no attention between [CLS] and the augmentation's token (Fig. 2b) | 0
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
@@ -531,6 +532,16 @@ class DDPM:
         return x
 
 
+def draw_images(net, cfg, seeds):
+    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
+    noise of each comes from a CPU generator of its own."""
+    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
+    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with autocast(cfg, device):
+        x = diffusion.sample(net, noise.to(device))
+    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
+
+
 SCRIPT, Backbone, Diffusion, Weighting = "uvit_sc", UViT, DDPM, None     # what this script is made of
 
 
@@ -795,7 +806,7 @@ def make_optimizer(net, cfg):
     for name, p in net.named_parameters():
         groups[name.endswith(("bias", "pos_embed"))].append(p)
     groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 @torch.no_grad()
@@ -1030,9 +1041,9 @@ def train(cfg):
 # ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
 
 LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
-              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), weight_decay=(0, 1),
-              ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16), save_every=(1, 10**6),
-              sample_every=(1, 10**6))
+              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), beta2=(0, 0.99999),
+              weight_decay=(0, 1), ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16),
+              save_every=(1, 10**6), sample_every=(1, 10**6))
 
 
 def make_config(dataset="glyphs", **overrides):
@@ -1049,7 +1060,7 @@ def make_config(dataset="glyphs", **overrides):
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + ["aug"] * (cfg.aug > 0) + ["cl"] * (cfg.cl > 0)
+    data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
@@ -1079,6 +1090,8 @@ def build_net(cfg):
 def load_weights(net, path, weights="ema"):
     """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
+    if "script" not in state and hasattr(net, "from_official"):
+        state = net.from_official(state)
     try:
         net.load_state_dict(state.get(weights, state))
     except (RuntimeError, AttributeError) as error:
@@ -1103,16 +1116,6 @@ def features(net, x, t, noise, last=None):
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
-
-
-def draw_images(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
-    noise of each comes from a CPU generator of its own."""
-    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
-    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with autocast(cfg, device):
-        x = diffusion.sample(net, noise.to(device))
-    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
 
 
 def sample(net, cfg, seeds, batch=64, progress=False):
@@ -1168,7 +1171,7 @@ def parse_command_line(argv):
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    if idle := set(given) - {"seed", "batch", "nfe", "tol", "device", "amp"}:
+    if idle := set(given) - {*"seed batch nfe tol shift guidance guide_until vae device amp".split()}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
     n = 64 if args.n is None else args.n
     if n < 1:

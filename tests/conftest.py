@@ -15,9 +15,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc") if (ROOT / f"{name}.py").exists()]
+PIXEL = [name for name in SCRIPTS if name != "dit_latent_sc"]
 RUN = dict(batch=8, nfe=2, epochs=2, warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
 SMALL = dict(RUN, dataset="cifar100", backbone="uvit_tiny", patch=8)            # uvit_sc.py: 16 patches
 SMALL_UNET = dict(RUN, dataset="folder", size=8, backbone="unet_tiny", layer="out_3")
+SMALL_DIT = dict(RUN, dataset="folder", size=16, tokenizer="unshuffle", cell=4, classes=4, backbone="dit_tiny", layer="block_3")
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,8 @@ def small(request, cifar, photos, tmp_path):
     script = request.getfixturevalue("script") if "script" in request.fixturenames else None
     if script and script.Backbone.__name__ == "UNet":
         return dict(SMALL_UNET, data_dir=str(photos), out=str(tmp_path / "run"))
+    if script and script.Backbone.__name__ == "DiT":
+        return dict(SMALL_DIT, data_dir=str(photos), out=str(tmp_path / "run"))
     return dict(SMALL, data_dir=str(cifar), out=str(tmp_path / "run"))
 
 

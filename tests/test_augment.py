@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import ddpm_sc
 import uvit_sc
-from conftest import SMALL, SMALL_UNET
+from conftest import PIXEL, SMALL, SMALL_UNET
 
 NAMES = "xflip yflip scale rotate aniso aniso_angle translate_x translate_y".split()
 
@@ -133,11 +133,10 @@ def test_no_mirrors_for_digits():
     assert not q["xflip"].any() and not q["yflip"].any() and q["scale"].all()
 
 
+@pytest.mark.parametrize("script", PIXEL, indirect=True)
 def test_views(script):
     """Views of the uint8 images of a step: the same for any division of the batch, flips included; float32 whatever the
     precision of the network, as a photograph in bf16 has 8 bits less."""
-    if not hasattr(script, "apply_augment"):
-        pytest.skip("latents have views of their own")
     cfg = script.make_config(**{**(SMALL if script is uvit_sc else SMALL_UNET), "batch": 16, "aug": 0.9})
     x = torch.randint(0, 256, (16, 3, cfg.size, cfg.size), dtype=torch.uint8)
     view = script.draw_view(cfg, script.rng(1))
@@ -178,6 +177,7 @@ def test_labels_enter_the_time_embedding():
     assert torch.allclose(e(c, torch.full((2, 9), 0.5)), e.lin2(F.silu(e.lin1(waves))), atol=1e-6)
 
 
+@pytest.mark.parametrize("script", PIXEL, indirect=True)
 def test_sampling_and_probing_see_no_labels(script, small):
     """Features and samples are those of a network that is told of no transformation."""
     cfg = script.make_config(**small, aug=0.5)

@@ -156,7 +156,8 @@ def test_mixed_precision(script, small, amp):
     assert all(p.dtype == torch.float32 for p in state["model"].values())
     assert bool(state["scaler"]) == (amp == "fp16")
     script.train(script.make_config(**{**small, "out": small["out"] + "32"}, steps=8))
-    assert max(abs(a - b) for a, b in zip(mixed, losses(small["out"] + "32"))) < 0.02
+    pairs = [(a, b) for a, b in zip(mixed, losses(small["out"] + "32")) if a is not None]       # fp16 may skip the first steps
+    assert len(pairs) > 4 and max(abs(a - b) for a, b in pairs) < 0.02
 
 
 def test_ema_rate():
@@ -217,7 +218,8 @@ def test_init_starts_from_given_weights(script, small, tmp_path):
         net = script.build_net(script.make_config(**small))
         script.load_weights(net, source)
         assert same(dict(net.state_dict()), dict(weights))
-    del weights["norm.weight"]
+    gone = next(name for name in weights if name.endswith("norm1.weight"))
+    del weights[gone]
     torch.save(weights, tmp_path / "weights.pt")
-    with pytest.raises(script.UserError, match="does not fit.*norm.weight"):
+    with pytest.raises(script.UserError, match=f"does not fit.*{gone}"):
         script.load_weights(net, tmp_path / "weights.pt")
