@@ -381,30 +381,31 @@ def latents_path(cfg, train):
     return Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{cell}-{'train' if train else 'test'}.latents")
 
 
-def encode(cfg, train, device, batch=16):
+def encode(cfg, train, device, batch=None):
     """Makes the latents of the training or test images: one file of float16 (N, 2, C, h, w), each image and its mirror
     image, normalised by channel, and a JSON file with what they are. A run that is killed goes on where it was, and the
     file ends up the same, byte by byte: work comes in the same batches, noise from a seed for each image."""
     path, shape = latents_path(cfg, train), latent_shape(cfg)
     read, labels, listing = list_images(cfg, train)
-    facts = dict(tokenizer=tokenizer_hash(cfg), images=listing, shape=shape)
+    batch = batch or (500 if cfg.tokenizer == "unshuffle" else 2 if device.type == "cpu" else 16)
+    facts = dict(tokenizer=tokenizer_hash(cfg), images=listing, shape=shape, batch=batch)
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     size, N = 4 * math.prod(shape), len(labels)                                     # bytes of an image's two latents
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def of(rows):
-        """Latents (n, 2, ...) of some images, and the rows of those that can be decoded."""
+    def of(rows, copies=2):
+        """Latents (n, copies, ...) of some images and their mirror images, and the rows of what can be decoded."""
         images = list(pool.map(read, rows))
         if bad := [image for image in images if isinstance(image, Exception)]:
             if not cfg.skip_bad:
                 raise bad[0]
         good = [row for row, image in zip(rows, images) if not isinstance(image, Exception)]
         if not good:
-            return torch.zeros(0, 2, *shape), good
+            return torch.zeros(0, copies, *shape), good
         images = torch.from_numpy(np.stack([image for image in images if not isinstance(image, Exception)]))
-        images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-        x = to_latents(cfg, images, [(row, mirror, 5) for row in good for mirror in (0, 1)], device)
-        return x.unflatten(0, (-1, 2)), good
+        images = torch.stack([images, images.flip(-1)][:copies], dim=1).flatten(0, 1)
+        x = to_latents(cfg, images, [(row, mirror, 5) for row in good for mirror in range(copies)], device)
+        return x.unflatten(0, (-1, copies)), good
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         state = json.loads(note.read_text()) if note.exists() and part.exists() else {}
@@ -415,11 +416,15 @@ def encode(cfg, train, device, batch=16):
                 raise UserError(f"--data_dir {cfg.data_dir}: {N * size / 1e9:.1f} GB for latents are needed and "
                                 f"{free / 1e9:.1f} GB free; choose a folder with room")
             if train:       # mean and standard deviation of each channel, of 10,000 images as they are
-                sums, some = torch.zeros(2, shape[0], dtype=torch.float64), torch.randperm(N, generator=rng(0))[:10000]
+                sums, n = torch.zeros(2, shape[0], dtype=torch.float64), 0
+                some = torch.randperm(N, generator=rng(0))[:10000]
                 for rows in tqdm(some.split(batch), desc="statistics", disable=None):
-                    x = of(rows.tolist())[0][:, 0].double().cpu()
+                    x = of(rows.tolist(), copies=1)[0][:, 0].double().cpu()
                     sums += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
-                mean, square = sums / (min(N, 10000) * math.prod(shape[1:]))
+                    n += len(x)
+                if not n:
+                    raise UserError(f"--data_dir {cfg.data_dir}: none of {N} images can be decoded")
+                mean, square = sums / (n * math.prod(shape[1:]))
                 stats = dict(mean=mean.tolist(), std=(square - mean ** 2).sqrt().tolist())
             else:
                 stats = {k: read_facts(cfg, True)[k] for k in ("mean", "std")}
@@ -474,7 +479,7 @@ def load_latents(cfg, train):
     if cfg.tokenizer == "unshuffle" and not path.exists():
         for split in (True, train):
             if not latents_path(cfg, split).exists():
-                encode(cfg, split, "cpu", batch=500)
+                encode(cfg, split, torch.device("cpu"))
     facts = read_facts(cfg, train)
     shape, again = (len(facts["labels"]), 2, *latent_shape(cfg)), f"delete {path}* and encode again"
     if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
@@ -728,8 +733,8 @@ class LatentRF:
         """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, and 1 - their cosine over
         channels, the mean over positions: (B,) float32."""
         v = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
-        # At first v is 0, where a smaller eps, such as the usual 1e-8, makes gradients that overflow fp16 for ever.
-        turn = 1 - F.cosine_similarity(v, noise - x, dim=1, eps=1e-3)               # (B, H, W)
+        # At first v is exactly 0, where the usual eps of 1e-8 makes gradients that overflow fp16 for ever.
+        turn = 1 - F.cosine_similarity(v, noise - x, dim=1, eps=0.1)                # (B, H, W)
         return (v - (noise - x)).square().mean(dim=(1, 2, 3)) + turn.mean(dim=(1, 2))
 
     def times(self):

@@ -379,10 +379,13 @@ def open_checkpoint(path, args, device):
     if not (script := find_script(name)):
         raise UserError(f"{path} is no checkpoint of a script beside fid.py ({', '.join(SCRIPTS)}), but of {name}")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
-    if args.nfe is not None:
-        cfg = script.make_config(**{**dataclasses.asdict(cfg), "nfe": args.nfe})
+    changes = {name: getattr(args, name) for name in ("nfe", "guidance") if getattr(args, name) is not None}
+    if "guidance" in changes and getattr(cfg, "uncond", True):
+        raise UserError(f"--guidance {args.guidance:g}: does nothing, the network of {path} is told no classes")
+    cfg = script.make_config(**{**dataclasses.asdict(cfg), **changes})
     net, seeds = net.to(device), range(args.seed, args.seed + args.n)
     facts = dict(script=name, step=state.get("step"), weights=args.weights.replace("model", "raw"), nfe=0)
+    facts |= {} if getattr(cfg, "uncond", True) else dict(guidance=cfg.guidance)
 
     def draw(batch):
         evaluations = 0
@@ -478,7 +481,7 @@ def describe(r):
     sides = [f"{k} {s['name']}, N {s['n'] or 'unknown'}" + f", sha256 {s['sha256']}" * bool(s["sha256"])
              + (" (statistics from the cache)" if s.get("cached") else "")
              + (", {script} at step {step}, {weights} weights, {nfe:g} NFE, seeds {seeds[0]}-{seeds[1]}".format(**s)
-                if "script" in s else "") for k, s in (("A", r["A"]), ("B", r["B"]))]
+                if "script" in s else "") + (f", guidance {s['guidance']:g}" if "guidance" in s else "") for k, s in (("A", r["A"]), ("B", r["B"]))]
     score = "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"]) if r["inception_score"] else ""
     floor = ("\nfloor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model would get; the "
              "detector's test accuracy is {detector_accuracy:.2%}").format(**r) if "floor" in r else ""
@@ -503,6 +506,7 @@ def parse_command_line(argv):
     add("--n", type=int, help="images to draw from a checkpoint (50000; 2000 with --detector tiny)")
     add("--seed", type=int, help="image i has seed SEED + i (0)")
     add("--nfe", type=int, help="network evaluations per image (what the checkpoint's config says)")
+    add("--guidance", type=float, help="scale of classifier-free guidance, 1: none (what the checkpoint's config says)")
     add("--weights", choices=("ema", "model"), help="ema: averaged | model: raw (ema)")
     add("--batch", type=int, default=64, help="images at a time (64)")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
@@ -514,7 +518,8 @@ def parse_command_line(argv):
     add("--json", metavar="FILE", help="write the result and its protocol")
     args = parser.parse_args(argv)
     drawn = any(str(word).endswith(".pt") for word in (args.A, args.B))
-    for name, value in dict(n=2000 if args.detector == "tiny" else 50000, seed=0, nfe=None, weights="ema").items():
+    for name, value in dict(n=2000 if args.detector == "tiny" else 50000, seed=0, nfe=None, guidance=None,
+                            weights="ema").items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         elif not drawn:

@@ -167,8 +167,8 @@ def parse_command_line(argv):
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
     parser.add_argument("--draws", type=int, default=3, help="draws of flips and noise (3); the paper: one an epoch")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
-    parser.add_argument("--batch", type=int, default=512, help="of the linear layer (512)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="of Adam, at first (4e-3)")
+    parser.add_argument("--batch", type=int, help="of the linear layer (512; 1440 on latents of ImageNet: Table 11)")
+    parser.add_argument("--lr", type=float, help="of Adam, at first (4e-3; 2e-3 on latents of ImageNet: Table 11)")
     parser.add_argument("--seed", type=int, default=0, help="of draws, held-out images and heads (0)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (ema)")
     parser.add_argument("--data_dir", help="where the data set lies (default: as in the run)")
@@ -193,6 +193,8 @@ def main(argv=None):
         known, (low, high) = module.Backbone.choices(cfg)["layer"], module.Diffusion.limits["t_probe"]
         args.times = args.times or (list(module.Diffusion.probe_times) if args.grid else [cfg.t_probe])
         args.epochs = args.epochs or (15 if cfg.dataset.startswith("cifar") else 30)
+        latents = hasattr(cfg, "tokenizer") and cfg.dataset != "glyphs"
+        args.batch, args.lr = args.batch or (1440 if latents else 512), args.lr or (2e-3 if latents else 4e-3)
         if args.draws > args.epochs:
             fail(f"--draws {args.draws}: only {args.epochs} could be used, one in each of --epochs {args.epochs}")
         if odd := [layer for layer in args.layers or [] if layer not in known]:
