@@ -70,7 +70,7 @@ class Config:
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each non-leaky transformation, 0.12 on CIFAR; of latents: a shifted crop
+    aug: float = 0.0             # probability of each non-leaky transformation (0.12 on CIFAR); latents: shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
     cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
@@ -381,6 +381,32 @@ def latents_path(cfg, train):
     return Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{cell}-{'train' if train else 'test'}.latents")
 
 
+def encode_rows(cfg, read, rows, copies, pool, device):
+    """Latents (n, copies, ...) of some images and their mirror images, and the rows of those that can be decoded."""
+    images = dict(zip(rows, pool.map(read, rows)))
+    good = [row for row, image in images.items() if not isinstance(image, Exception)]
+    if len(good) < len(rows) and not cfg.skip_bad:
+        raise next(image for image in images.values() if isinstance(image, Exception))
+    if not good:
+        return torch.zeros(0, copies, *latent_shape(cfg), device=device), good
+    x = torch.from_numpy(np.stack([images[row] for row in good]))
+    x = torch.stack([x, x.flip(-1)][:copies], dim=1).flatten(0, 1)
+    x = to_latents(cfg, x, [(row, mirror, 5) for row in good for mirror in range(copies)], device)
+    return x.unflatten(0, (-1, copies)), good
+
+
+def channel_statistics(cfg, latents):
+    """Mean and standard deviation of each channel of batches of latents (n, 1, C, h, w), as lists."""
+    sums, n = torch.zeros(2, latent_shape(cfg)[0], dtype=torch.float64), 0
+    for x in latents:
+        x = x[:, 0].double().cpu()
+        sums, n = sums + torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))]), n + x[:, 0].numel()
+    if not n:
+        raise UserError(f"--data_dir {cfg.data_dir}: no image can be decoded")
+    mean, square = sums / n
+    return dict(mean=mean.tolist(), std=(square - mean ** 2).sqrt().tolist())
+
+
 def encode(cfg, train, device, batch=None):
     """Makes the latents of the training or test images: one file of float16 (N, 2, C, h, w), each image and its mirror
     image, normalised by channel, and a JSON file with what they are. A run that is killed goes on where it was, and the
@@ -388,69 +414,43 @@ def encode(cfg, train, device, batch=None):
     path, shape = latents_path(cfg, train), latent_shape(cfg)
     read, labels, listing = list_images(cfg, train)
     batch = batch or (500 if cfg.tokenizer == "unshuffle" else 2 if device.type == "cpu" else 16)
-    facts = dict(tokenizer=tokenizer_hash(cfg), images=listing, shape=shape, batch=batch)
+    facts = dict(tokenizer=tokenizer_hash(cfg), images=listing, shape=list(shape), batch=batch)
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     size, N = 4 * math.prod(shape), len(labels)                                     # bytes of an image's two latents
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def of(rows, copies=2):
-        """Latents (n, copies, ...) of some images and their mirror images, and the rows of what can be decoded."""
-        images = list(pool.map(read, rows))
-        if bad := [image for image in images if isinstance(image, Exception)]:
-            if not cfg.skip_bad:
-                raise bad[0]
-        good = [row for row, image in zip(rows, images) if not isinstance(image, Exception)]
-        if not good:
-            return torch.zeros(0, copies, *shape), good
-        images = torch.from_numpy(np.stack([image for image in images if not isinstance(image, Exception)]))
-        images = torch.stack([images, images.flip(-1)][:copies], dim=1).flatten(0, 1)
-        x = to_latents(cfg, images, [(row, mirror, 5) for row in good for mirror in range(copies)], device)
-        return x.unflatten(0, (-1, copies)), good
-
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         state = json.loads(note.read_text()) if note.exists() and part.exists() else {}
-        if state.get("facts") != json.loads(json.dumps(facts)):     # not begun, or begun with something else
+        if state.get("facts") != facts:         # not begun, or begun with something else
             free = shutil.disk_usage(path.parent).free
             print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free", flush=True)
             if free < 1.02 * N * size:
                 raise UserError(f"--data_dir {cfg.data_dir}: {N * size / 1e9:.1f} GB for latents are needed and "
                                 f"{free / 1e9:.1f} GB free; choose a folder with room")
-            if train:       # mean and standard deviation of each channel, of 10,000 images as they are
-                sums, n = torch.zeros(2, shape[0], dtype=torch.float64), 0
-                some = torch.randperm(N, generator=rng(0))[:10000]
-                for rows in tqdm(some.split(batch), desc="statistics", disable=None):
-                    x = of(rows.tolist(), copies=1)[0][:, 0].double().cpu()
-                    sums += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
-                    n += len(x)
-                if not n:
-                    raise UserError(f"--data_dir {cfg.data_dir}: none of {N} images can be decoded")
-                mean, square = sums / (n * math.prod(shape[1:]))
-                stats = dict(mean=mean.tolist(), std=(square - mean ** 2).sqrt().tolist())
-            else:
-                stats = {k: read_facts(cfg, True)[k] for k in ("mean", "std")}
+            some = torch.randperm(N, generator=rng(0))[:10000].split(batch)     # as many as LightningDiT takes
+            state = dict(facts=facts, done=0, skipped=[], **(channel_statistics(cfg, (
+                encode_rows(cfg, read, rows.tolist(), 1, pool, device)[0]
+                for rows in tqdm(some, desc="statistics", disable=None))) if train else
+                {name: read_facts(cfg, True)[name] for name in ("mean", "std")}))
             part.unlink(missing_ok=True)
-            state = dict(facts=facts, done=0, skipped=[], **stats)
-        mean, std = (torch.tensor(state[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+        mean, std = (torch.tensor(state[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         part.touch()
-        with open(part, "r+b") as file:
+        with open(part, "r+b") as file, tqdm(total=N, initial=state["done"], desc=path.name, disable=None) as bar:
             file.truncate(size * (state["done"] - len(state["skipped"])))           # what a crash has left behind
             file.seek(0, 2)
-            bar = tqdm(total=N, initial=state["done"], desc=path.name, unit="image", disable=None)
             while state["done"] < N:
                 rows = list(range(state["done"], min(N, state["done"] + batch)))
-                x, good = of(rows)
-                file.write(((x.to(device) - mean) / std).half().cpu().numpy().tobytes())
+                x, good = encode_rows(cfg, read, rows, 2, pool, device)
+                file.write(((x - mean) / std).half().cpu().numpy().tobytes())
                 file.flush()
                 state = dict(state, done=rows[-1] + 1, skipped=state["skipped"] + sorted({*rows} - {*good}))
                 write_text(note, json.dumps(state))
                 bar.update(len(rows))
-            bar.close()
+    if state["skipped"]:
+        print(f"note: {len(state['skipped'])} of {N} images cannot be decoded and are skipped", file=sys.stderr)
     skipped = set(state["skipped"])
-    if skipped:
-        print(f"note: {len(skipped)} of {N} images cannot be decoded and are skipped", file=sys.stderr)
     kept = [label for i, label in enumerate(labels) if i not in skipped]
-    os.replace(part, path)
     write_text(path.with_name(f"{path.name}.json"), json.dumps(dict(state, labels=kept)))
+    os.replace(part, path)
     note.unlink()
 
 

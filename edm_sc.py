@@ -13,6 +13,7 @@ Careful   This self-conditioning hands the network its own *features*. The metho
 Run       python edm_sc.py                                                 # glyphs: two CPU cores, 5 minutes
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100         # the paper's setting, 35.7M parameters
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --self_cond none        # its baseline
+          torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # Table 3, all of it
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --backbone ddpmpp       # 56.5M parameters
           python edm_sc.py --sample runs/.../last.pt --n 64                # a grid of images
 Expect    Table 2 (2000 epochs, 4 GPUs), FID and accuracy, baseline in brackets:
@@ -64,7 +65,7 @@ class Config:
     ema: float = 0.9993          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each non-leaky transformation, 0.12 on CIFAR; of latents: a shifted crop
+    aug: float = 0.0             # probability of each non-leaky transformation (0.12 on CIFAR); latents: shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
     cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)

@@ -478,10 +478,11 @@ def evaluate(args, device):
 
 def describe(r):
     """Two lines: the score, and how it came about. For the tiny detector a third."""
+    drawn = "{script} at step {step}, {weights} weights, {nfe:g} NFE, seeds {seeds[0]}-{seeds[1]}"
     sides = [f"{k} {s['name']}, N {s['n'] or 'unknown'}" + f", sha256 {s['sha256']}" * bool(s["sha256"])
              + (" (statistics from the cache)" if s.get("cached") else "")
-             + (", {script} at step {step}, {weights} weights, {nfe:g} NFE, seeds {seeds[0]}-{seeds[1]}".format(**s)
-                if "script" in s else "") + (f", guidance {s['guidance']:g}" if "guidance" in s else "") for k, s in (("A", r["A"]), ("B", r["B"]))]
+             + (", " + drawn.format(**s) if "script" in s else "")
+             + (f", guidance {s['guidance']:g}" if "guidance" in s else "") for k, s in (("A", r["A"]), ("B", r["B"]))]
     score = "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"]) if r["inception_score"] else ""
     floor = ("\nfloor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model would get; the "
              "detector's test accuracy is {detector_accuracy:.2%}").format(**r) if "floor" in r else ""

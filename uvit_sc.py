@@ -13,6 +13,7 @@ Careful   This self-conditioning hands the network its own *features*. The metho
 Run       python uvit_sc.py                                                 # glyphs: two CPU cores, 5 minutes
           torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100         # the paper's setting, 44.3M parameters
           torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100 --self_cond none        # its baseline
+          torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # Table 3, all of it
           python uvit_sc.py --sample runs/.../last.pt --n 64                # a grid of images
 Expect    Table 2 (2000 epochs, 4 GPUs): CIFAR-10 FID 4.13, accuracy 94.30 % (baseline 4.48, 93.67 %);
           CIFAR-100 FID 7.14, accuracy 72.04 % (baseline 7.35, 70.66 %). README.md: what two CPU cores reach.
@@ -64,7 +65,7 @@ class Config:
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each non-leaky transformation, 0.12 on CIFAR; of latents: a shifted crop
+    aug: float = 0.0             # probability of each non-leaky transformation (0.12 on CIFAR); latents: shifted crop
     aug_mask: int = 1            # 1: no attention between [CLS] and the augmentation's token (Fig. 2b) | 0
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)

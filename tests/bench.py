@@ -1,8 +1,8 @@
 """What the options cost, as ratios of training-step times: medians of interleaved steps, so that a busy machine disturbs
 all alike. Not a test: no time is ever asserted.
 
-    python tests/bench.py                               # the paper's networks on CIFAR-sized noise: 15 minutes on 2 cores
-    python tests/bench.py --scripts uvit_sc --batch 8 --rounds 3
+    python tests/bench.py                       # the paper's networks on noise of the size of CIFAR: 15 minutes on 2 cores
+    python tests/bench.py --scripts uvit_sc dit_latent_sc --batch 8 --rounds 3
 """
 import argparse
 import copy
@@ -24,14 +24,16 @@ def make_step(script, cfg, device):
     learner = script.Learner(script.build_net(cfg), cfg).to(device).train()
     mean = copy.deepcopy(learner).eval().requires_grad_(False)
     optimizer, context, diffusion = script.make_optimizer(learner, cfg), script.autocast(cfg, device), script.Diffusion(cfg)
-    x = torch.randint(0, 256, (cfg.batch, 3, 32, 32), dtype=torch.uint8, device=device)
+    x, y = torch.randint(0, 256, (cfg.batch, 3, 32, 32), dtype=torch.uint8, device=device), None
+    if hasattr(cfg, "tokenizer"):
+        x, y = torch.randn(cfg.batch, 2, 32, 16, 16, device=device).half(), torch.arange(cfg.batch, device=device)
 
     def step(n):
         gen = script.rng(n, device=device)
-        noise, t = torch.randn(x.shape, generator=gen, device=device), diffusion.draw_t(cfg.batch, gen)
+        noise, t = torch.randn((len(x), *x.shape[-3:]), generator=gen, device=device), diffusion.draw_t(cfg.batch, gen)
         start = time.perf_counter()
-        x_0, labels = script.make_view(x, None, script.draw_view(cfg, script.rng(n, 3)))
-        other = script.make_view(x, None, script.draw_view(cfg, script.rng(n, 4))) if cfg.cl else None
+        x_0, labels = script.make_view(x, y, script.draw_view(cfg, script.rng(n, 3)))
+        other = script.make_view(x, y, script.draw_view(cfg, script.rng(n, 4))) if cfg.cl else None
         views = time.perf_counter() - start
         with context:
             keys = mean.keys(*other, noise.flip(0)) if cfg.cl else None
@@ -56,7 +58,8 @@ def main():
     args = parser.parse_args()
     for name in args.scripts:
         script = importlib.import_module(name)
-        steps = {label: make_step(script, script.make_config("cifar10", batch=args.batch, **fields), torch.device(args.device))
+        dataset = "cifar10" if "cifar10" in script.RECIPES else "imagenet100"
+        steps = {label: make_step(script, script.make_config(dataset, batch=args.batch, **fields), torch.device(args.device))
                  for label, fields in VARIANTS.items()}
         times = {label: [] for label in steps}
         for n in range(args.rounds + 1):        # the first round warms up
