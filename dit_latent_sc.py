@@ -12,21 +12,22 @@ Careful   This self-conditioning hands the network its own *features*. The metho
 
 Run       python dit_latent_sc.py                                           # glyphs: two CPU cores, 5 minutes
           python dit_latent_sc.py --encode --dataset imagenet100            # once: VA-VAE latents of data/imagenet100
-          torchrun --nproc_per_node=6 dit_latent_sc.py --dataset imagenet100                    # told the classes
-          torchrun --nproc_per_node=6 dit_latent_sc.py --dataset imagenet100 --uncond           # not told the classes
-          torchrun --nproc_per_node=6 dit_latent_sc.py --dataset imagenet100 --self_cond none   # the baseline
-          python dit_latent_sc.py --sample runs/.../last.pt --n 64 --guidance 1.5               # rows of one class
-Expect    Table 6 (ImageNet, 90 epochs, 6 GPUs, baseline in brackets): unconditional FID 28.85, accuracy 64.42 %
+          torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100                    # told the classes
+          torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100 --uncond           # not told the classes
+          torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100 --self_cond none   # the baseline
+          python dit_latent_sc.py --sample runs/.../last.pt --n 80 --guidance 1.5               # rows of one class
+Expect    Table 6 (ImageNet, 90 epochs, baseline in brackets): unconditional FID 28.85, accuracy 64.42 %
           (29.69, 63.25 %); conditional FID 15.30, 62.46 % (16.01, 62.03 %), 6.11 with guidance (6.10).
           README.md: what two CPU cores reach.
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, functools, hashlib
-import inspect, json, math, os, re, shutil, signal, sys, time, urllib.request
+import fcntl, http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -180,7 +181,6 @@ def list_folders(cfg, train):
     return root, names, labels, [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
 
 
-
 def centre_crop(image, size):
     """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
     large, then resized by a bicubic one until the shorter side fits; the middle."""
@@ -193,7 +193,6 @@ def centre_crop(image, size):
     image = np.asarray(image.resize([round(side * scale) for side in image.size], Image.BICUBIC))
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top:top + size, left:left + size].transpose(2, 0, 1)
-
 
 
 def list_images(cfg, train):
@@ -210,7 +209,8 @@ def list_images(cfg, train):
         except Exception as error:      # a damaged image makes Pillow stumble in many ways
             return UserError(f"{names[i]} in --data_dir {cfg.data_dir} cannot be decoded ({error}); remove it, or give "
                              "--skip_bad")
-    return read, list(labels), hashlib.sha256(repr((names, labels, stamps, cfg.skip_bad)).encode()).hexdigest()[:12]
+    sizes = [size for size, _ in stamps]        # a copy of the folder is as good
+    return read, list(labels), hashlib.sha256(repr((names, labels, sizes)).encode()).hexdigest()[:12]
 
 
 class VAEBlock(nn.Module):
@@ -308,23 +308,30 @@ VAVAE_URL = "https://huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2/resol
 
 
 def find_vae(cfg):
-    """Path of VA-VAE's weights. The first download is pinned: its hash is printed and kept beside it."""
+    """Path of VA-VAE's weights. The first download is pinned: its hash is printed, kept beside it and compared."""
     path = Path(cfg.vae or Path(cfg.data_dir, VAVAE))
+    pin = path.with_name(f"{path.name}.sha256")
     if not path.is_file() and cfg.vae:
         raise UserError(f"--vae {cfg.vae}: no such file")
+    if path.is_file() and pin.is_file() and pin.read_text().strip() != file_hash(path):
+        raise UserError(f"{path} is not what was downloaded ({pin}); delete both, and the next run downloads it")
     if not path.is_file():
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(VAVAE_URL + VAVAE, timeout=30) as reply, open(part, "wb") as file:
-                with tqdm.wrapattr(reply, "read", total=reply.length, desc=VAVAE, disable=None) as stream:
+                size = reply.length
+                with tqdm.wrapattr(reply, "read", total=size, desc=VAVAE, disable=None) as stream:
                     shutil.copyfileobj(stream, file)
+            if size and part.stat().st_size != size:
+                raise OSError(f"{part.stat().st_size} of {size} bytes came")
             os.replace(part, path)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"cannot download {VAVAE_URL}{VAVAE} ({error}); put the file into {cfg.data_dir}, name it "
                             "with --vae, or try the pipeline without it: --tokenizer unshuffle")
         finally:
             part.unlink(missing_ok=True)
+        write_text(pin, file_hash(path))
         print(f"{path}: sha256 {file_hash(path)}", file=sys.stderr)
     return path
 
@@ -346,7 +353,10 @@ def load_vae(path, device):
     state, net = state.get("state_dict", state), VAE()
     if missing := [name for name in net.state_dict() if name not in state]:
         raise UserError(f"--vae {path}: {missing[0]} and {len(missing) - 1} more tensors of VA-VAE are not in it")
-    net.load_state_dict({name: state[name] for name in net.state_dict()})
+    try:
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+    except RuntimeError as error:
+        raise UserError(f"--vae {path}: is no VA-VAE f16d32 ({' '.join(str(error).split())[:200]})")
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -381,6 +391,17 @@ def latents_path(cfg, train):
     return Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{cell}-{'train' if train else 'test'}.latents")
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time, of all that work in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def encode_rows(cfg, read, rows, copies, pool, device):
     """Latents (n, copies, ...) of some images and their mirror images, and the rows of those that can be decoded."""
     images = dict(zip(rows, pool.map(read, rows)))
@@ -399,12 +420,12 @@ def channel_statistics(cfg, latents):
     """Mean and standard deviation of each channel of batches of latents (n, 1, C, h, w), as lists."""
     sums, n = torch.zeros(2, latent_shape(cfg)[0], dtype=torch.float64), 0
     for x in latents:
-        x = x[:, 0].double().cpu()
+        x = x[:, 0].cpu().double()
         sums, n = sums + torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))]), n + x[:, 0].numel()
     if not n:
         raise UserError(f"--data_dir {cfg.data_dir}: no image can be decoded")
     mean, square = sums / n
-    return dict(mean=mean.tolist(), std=(square - mean ** 2).sqrt().tolist())
+    return dict(mean=mean.tolist(), std=(square - mean ** 2).clamp(min=1e-8).sqrt().tolist())
 
 
 def encode(cfg, train, device, batch=None):
@@ -418,9 +439,13 @@ def encode(cfg, train, device, batch=None):
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     size, N = 4 * math.prod(shape), len(labels)                                     # bytes of an image's two latents
     path.parent.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, locked(path.parent):
+        if path.exists():       # another process has made them while we waited
+            return
         state = json.loads(note.read_text()) if note.exists() and part.exists() else {}
-        if state.get("facts") != facts:         # not begun, or begun with something else
+        there = part.stat().st_size if part.exists() else 0
+        # Not begun, or begun with something else, or a machine that crashed has lost what was written.
+        if state.get("facts") != facts or there < size * (state["done"] - len(state["skipped"])):
             free = shutil.disk_usage(path.parent).free
             print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free", flush=True)
             if free < 1.02 * N * size:
@@ -435,7 +460,7 @@ def encode(cfg, train, device, batch=None):
         mean, std = (torch.tensor(state[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         part.touch()
         with open(part, "r+b") as file, tqdm(total=N, initial=state["done"], desc=path.name, disable=None) as bar:
-            file.truncate(size * (state["done"] - len(state["skipped"])))           # what a crash has left behind
+            file.truncate(size * (state["done"] - len(state["skipped"])))           # a batch that was not finished
             file.seek(0, 2)
             while state["done"] < N:
                 rows = list(range(state["done"], min(N, state["done"] + batch)))
@@ -445,13 +470,13 @@ def encode(cfg, train, device, batch=None):
                 state = dict(state, done=rows[-1] + 1, skipped=state["skipped"] + sorted({*rows} - {*good}))
                 write_text(note, json.dumps(state))
                 bar.update(len(rows))
-    if state["skipped"]:
-        print(f"note: {len(state['skipped'])} of {N} images cannot be decoded and are skipped", file=sys.stderr)
-    skipped = set(state["skipped"])
-    kept = [label for i, label in enumerate(labels) if i not in skipped]
-    write_text(path.with_name(f"{path.name}.json"), json.dumps(dict(state, labels=kept)))
-    os.replace(part, path)
-    note.unlink()
+        if state["skipped"]:
+            print(f"note: {len(state['skipped'])} of {N} images cannot be decoded and are skipped", file=sys.stderr)
+        skipped = set(state["skipped"])
+        kept = [label for i, label in enumerate(labels) if i not in skipped]
+        write_text(path.with_name(f"{path.name}.json"), json.dumps(dict(state, labels=kept)))
+        os.replace(part, path)
+        note.unlink()
 
 
 def write_text(path, text):
@@ -466,8 +491,9 @@ def read_facts(cfg, train):
     try:
         return json.loads(path.with_name(f"{path.name}.json").read_text())
     except OSError:
-        raise UserError(f"there are no latents {path}; make them: {SCRIPT}.py --encode --dataset {cfg.dataset} "
-                        f"--data_dir {cfg.data_dir}")
+        given = {name: getattr(cfg, name) for name in ("dataset", "data_dir", "size", "tokenizer", "cell", "vae")}
+        raise UserError(f"there are no latents {path}; make them: {SCRIPT}.py --encode "
+                        + " ".join(f"--{name} {value}" for name, value in given.items() if value))
     except ValueError as error:
         raise UserError(f"{path}.json is damaged ({error}); delete it and {path}, and encode again")
 
@@ -480,13 +506,15 @@ def load_latents(cfg, train):
         for split in (True, train):
             if not latents_path(cfg, split).exists():
                 encode(cfg, split, torch.device("cpu"))
-    facts = read_facts(cfg, train)
-    shape, again = (len(facts["labels"]), 2, *latent_shape(cfg)), f"delete {path}* and encode again"
+    facts, home = read_facts(cfg, train), latents_path(cfg, True)
+    if cfg.tokenizer == "vavae" and train:
+        find_vae(cfg)       # needed when samples are drawn: better now than in an hour
+    shape, again = (len(facts["labels"]), 2, *latent_shape(cfg)), f"delete {home} and what lies beside it, encode again"
     if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
         raise UserError(f"{path} is truncated: {path.stat().st_size if path.exists() else 0} of {2 * math.prod(shape)} "
                         f"bytes; {again}")
-    if (cfg.tokenizer == "unshuffle" or cfg.vae or Path(cfg.data_dir, VAVAE).exists()) and \
-            facts["facts"]["tokenizer"] != tokenizer_hash(cfg):
+    known = cfg.tokenizer == "unshuffle" or Path(cfg.vae or Path(cfg.data_dir, VAVAE)).is_file()
+    if known and facts["facts"]["tokenizer"] != tokenizer_hash(cfg):
         raise UserError(f"{path} was made by another tokenizer ({facts['facts']['tokenizer']}, now "
                         f"{tokenizer_hash(cfg)}); {again}, or name the right one with --vae")
     try:
@@ -495,6 +523,10 @@ def load_latents(cfg, train):
         listing = facts["facts"]["images"]
     if facts["facts"]["images"] != listing:
         raise UserError(f"{path} was made of other images than are in --data_dir {cfg.data_dir} now; {again}")
+    if any(facts[name] != read_facts(cfg, True)[name] for name in ("mean", "std")):
+        raise UserError(f"{path} is normalised otherwise than {home}; {again}")
+    if not cfg.uncond and cfg.classes and max(facts["labels"]) >= cfg.classes:
+        raise UserError(f"--classes {cfg.classes}: {path} has {max(facts['labels']) + 1}")
     return torch.from_numpy(np.memmap(path, np.float16, "c", shape=shape)), torch.tensor(facts["labels"])
 
 
@@ -594,7 +626,8 @@ class DiT(nn.Module):
         (depth, D, heads), (C, S, _) = self.sizes[cfg.backbone], latent_shape(cfg)
         self.shape, self.tap, self.D, self.E = (C, S, S), cfg.layer, D, D
         self.null = None if cfg.uncond else cfg.classes or DATASETS[cfg.dataset][2]     # the class of those not told
-        self.class_drop = cfg.class_drop
+        if self.null == 0:
+            raise UserError(f"--classes 0: say how many classes --data_dir {cfg.data_dir} has, or --uncond")
         self.pos_embed = nn.Parameter(self.positions(S, D), requires_grad=False)
         self.x_embedder = nn.Module()
         self.x_embedder.proj = nn.Conv2d(C, D, 1)
@@ -646,8 +679,16 @@ class DiT(nn.Module):
         cells = [16] * (16 in cells) if cfg.tokenizer == "vavae" else cells
         if not cells:
             raise UserError(f"--size {cfg.size}: must be a multiple of 16 for VA-VAE")
-        if not cfg.uncond and not (cfg.classes or DATASETS[cfg.dataset][2]):
-            raise UserError(f"--classes {cfg.classes}: say how many classes --data_dir {cfg.data_dir} has, or --uncond")
+        if cfg.classes and DATASETS[cfg.dataset][2]:
+            raise UserError(f"--classes {cfg.classes}: goes with --dataset folder; {cfg.dataset} has "
+                            f"{DATASETS[cfg.dataset][2]}")
+        if cfg.class_drop == 0 and not cfg.uncond:
+            raise UserError("--class_drop 0: nothing would be learned without a class, which features are; use 0.1")
+        idle = [f for f in ("guidance", "guide_until", "class_drop") if getattr(cfg, f) != getattr(Config, f)]
+        if idle and cfg.uncond:
+            raise UserError(f"--{idle[0]} {getattr(cfg, idle[0])}: does nothing with --uncond")
+        if cfg.vae and cfg.tokenizer != "vavae":
+            raise UserError(f"--vae {cfg.vae}: does nothing with --tokenizer {cfg.tokenizer}")
         return dict(tokenizer=("vavae", "unshuffle"), cell=cells, self_cond=("adaptive", "add", "none"), layer=layers)
 
     def embed_time(self, t):
@@ -659,6 +700,7 @@ class DiT(nn.Module):
         float32. With the name of a layer as `last`: the pooled features of all layers up to it, {name: (B, D)
         float32}; the rest is not computed."""
         y, shift = y if isinstance(y, tuple) else (y, None)
+        y = None if last else y     # features are never told the class, neither the probe's nor the teacher's
         c = self.t_embedder(t)                                                      # (B, D), the conditioning
         if self.null:
             y = torch.full(t.shape, self.null, device=t.device) if y is None else torch.where(y < 0, self.null, y)
@@ -698,9 +740,8 @@ class DiT(nn.Module):
 def latent_statistics(cfg):
     """Mean and standard deviation of each channel of the training latents; 0 and 1 where there are none yet: then a
     checkpoint will tell."""
-    path = latents_path(cfg, True)
-    facts, C = path.with_name(f"{path.name}.json"), latent_shape(cfg)[0]
-    facts = json.loads(facts.read_text()) if facts.exists() else {}
+    path, C = latents_path(cfg, True), latent_shape(cfg)[0]
+    facts = read_facts(cfg, True) if path.with_name(f"{path.name}.json").exists() else {}
     return torch.tensor(facts.get("mean", [0.0] * C)), torch.tensor(facts.get("std", [1.0] * C))
 
 
@@ -791,10 +832,10 @@ def make_latent_view(latents, classes, view):
 
 def draw_from_latents(net, cfg, seeds):
     """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
-    noise of each comes from a CPU generator of its own, and eight seeds in a row are of one class."""
+    noise of each comes from a CPU generator of its own, and its class is the seed modulo the number of classes."""
     device, diffusion = next(net.parameters()).device, Diffusion(cfg)
     noise = torch.stack([torch.randn(net.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    y = torch.tensor([seed // 8 % net.null for seed in seeds], device=device) if net.null else None
+    y = torch.tensor([seed % net.null for seed in seeds], device=device) if net.null else None
     with autocast(cfg, device):
         x = diffusion.sample(net, noise.to(device), y, net.null)
     images = to_images(cfg, x * net.latent_std + net.latent_mean)
@@ -823,12 +864,12 @@ class BatchNorm(nn.Module):
         return x * (mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
 
 
-def mlp(*widths, last_norm):
-    """Linear, BatchNorm, ReLU, ... Linear, as the heads of MoCo v3 (Chen et al. 2021)."""
+def mlp(*widths):
+    """Linear, BatchNorm, ReLU, ... Linear, BatchNorm without weights: as the heads of MoCo v3 (Chen et al. 2021)."""
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU()]
-    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False) if last_norm else nn.Identity())
+    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False))
 
 
 class Projector(nn.Module):
@@ -838,7 +879,7 @@ class Projector(nn.Module):
     def __init__(self, D, hidden, E):
         super().__init__()
         self.time = nn.Linear(E, D) if E else None
-        self.mlp = mlp(D, hidden, hidden, 256, last_norm=True)
+        self.mlp = mlp(D, hidden, hidden, 256)
 
     def forward(self, f, e):
         return self.mlp(f + self.time(e) if self.time else f)
@@ -862,7 +903,7 @@ class Learner(nn.Module):
         self.net, self.cfg, self.diffusion, self.heads = net, cfg, Diffusion(cfg), nn.ModuleDict()
         if cfg.cl:
             self.heads["projector"] = Projector(net.D, cfg.cl_hidden, net.E if cfg.cl_head == "time" else None)
-            self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256, last_norm=True)
+            self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256)
         if cfg.aug and Weighting:
             self.heads["weighting"] = Weighting()
 
@@ -883,8 +924,9 @@ class Learner(nn.Module):
         if self.cfg.cl:
             q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
             contrast = info_nce(q, keys)
-        quarter = F.one_hot(torch.bucketize(t, t.new_tensor(self.diffusion.quartiles)), 4).to(loss.dtype)     # (B, 4)
-        parts = torch.cat([torch.stack([loss.mean(), contrast]), loss @ quarter, quarter.sum(dim=0)])
+        quarter = F.one_hot(sum((t > limit).long() for limit in self.diffusion.quartiles), 4)       # (B, 4)
+        sums = (loss[:, None] * quarter).sum(dim=0)
+        parts = torch.cat([torch.stack([loss.mean(), contrast]), sums, quarter.sum(dim=0)])
         return total.mean() + self.cfg.cl * contrast, parts.detach()
 
     @torch.no_grad()
@@ -926,12 +968,15 @@ def batch_indices(n, batch, seed, step):
 
 
 def read_batches(images, classes, cfg, step, own, device):
-    """From a step on, the images and classes of this process's part of each global batch, on the device. A thread reads
-    one step ahead, as images may come from a disk."""
+    """From a step on, the images and classes of this process's part of each global batch, on the device. For a GPU, a
+    thread reads one step ahead, as images may come from a disk. (On CPUs, its OpenMP threads would fight with ours.)"""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         x = images[rows.to(images.device)]
         return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x, classes[rows]
+    while device.type == "cpu":
+        yield read(step)
+        step += 1
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, step)
         while True:
@@ -1020,7 +1065,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
 
 
-def save_grid(images, path, columns=8):
+def save_grid(images, path, columns=10):
     """Images uint8 (n, C, H, W) as one PNG, small ones enlarged."""
     zoom = max(1, 64 // images.shape[2])
     images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -1049,15 +1094,16 @@ def save_loss_plot(log, path):
 
 # ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
 
-# What may change in mid-run.
-FREE = "data_dir skip_bad out init epochs steps accum device compile save_every sample_every".split()
+# What may change in mid-run; accum may not with --cl, which compares the images of one forward pass.
+FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
 
 
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
     there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
-    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in FREE and there.get(k) != here[k]]
+    free = {*FREE} - ({"accum"} if cfg.cl else set())
+    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in free and there.get(k) != here[k]]
     if other:
         raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
     for name, part in parts.items():
@@ -1077,6 +1123,8 @@ def train(cfg):
     if rest:
         raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
                         f"use {cfg.batch - rest + WORLD * cfg.accum}")
+    if cfg.cl and share * WORLD < 2:
+        raise UserError(f"--cl {cfg.cl}: needs at least two images in a forward pass; use a smaller --accum")
     with one_process_first():
         images, classes = load_data(cfg, train=True)
     N = len(images)
@@ -1201,16 +1249,16 @@ def train(cfg):
         # 5. Files: after some epochs, every ten minutes, and at the end.
         epoch, end = step * cfg.batch // N, step == total
         ended = (step - 1) * cfg.batch // N < epoch
-        if end or ended and epoch % cfg.sample_every == 0:
-            grid = sample(mean.net, cfg, range(64))                  # drawn by all processes together
-            if RANK == 0:
-                save_grid(grid, out / f"samples_{epoch:04d}.png")
-                save_loss_plot(log, out / "loss.png")
         if end or ended and epoch % cfg.save_every == 0:
             save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
         if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
+        if end or ended and epoch % cfg.sample_every == 0:
+            grid = sample(mean.net, cfg, range(80))                 # drawn by all processes together
+            if RANK == 0:
+                save_grid(grid, out / f"samples_{epoch:04d}.png")
+                save_loss_plot(log, out / "loss.png")
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -1269,11 +1317,11 @@ def build_net(cfg):
 def load_weights(net, path, weights="ema"):
     """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
-    if "script" not in state and hasattr(net, "from_official"):
-        state = net.from_official(state)
     try:
+        if "script" not in state and hasattr(net, "from_official"):
+            state = net.from_official(state)
         net.load_state_dict(state.get(weights, state))
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
 
 
@@ -1340,7 +1388,7 @@ def parse_command_line(argv):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
-    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun would take --n for its own")
+    parser.add_argument("--n", "--images", type=int, help="how many (80); torchrun would take --n for its own")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
@@ -1352,7 +1400,7 @@ def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
     if idle := set(given) - {*"seed batch nfe tol shift guidance guide_until vae device amp".split()}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
-    n = 64 if args.n is None else args.n
+    n = 80 if args.n is None else args.n
     if n < 1:
         raise UserError(f"--n {n}: must be at least 1")
     cfg, net = load_checkpoint(args.sample)
@@ -1394,8 +1442,12 @@ def main(argv=None):
 
 def encode_command(argv):
     """--encode: makes the latents of both splits, with the other flags as for training."""
-    given, _ = parse_command_line([word for word in argv if word != "--encode"])
+    given, args = parse_command_line([word for word in argv if word != "--encode"])
     try:
+        useful = {*"dataset data_dir size skip_bad tokenizer cell vae device".split()}
+        if idle := [name for name in (*given, "resume", "sample", "n") if name not in useful and (
+                name in given or getattr(args, name))]:
+            raise UserError(f"--{idle[0]} does nothing with --encode")
         cfg = make_config(**given)
         device = start(cfg)
         if WORLD > 1:

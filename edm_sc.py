@@ -15,7 +15,7 @@ Run       python edm_sc.py                                                 # gly
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --self_cond none        # its baseline
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # Table 3, all of it
           torchrun --nproc_per_node=4 edm_sc.py --dataset cifar100 --backbone ddpmpp       # 56.5M parameters
-          python edm_sc.py --sample runs/.../last.pt --n 64                # a grid of images
+          python edm_sc.py --sample runs/.../last.pt --n 80                # a grid of images
 Expect    Table 2 (2000 epochs, 4 GPUs), FID and accuracy, baseline in brackets:
           CIFAR-10  ddpm 3.30, 91.07 % (3.39, 91.41 %); ddpmpp 2.18, 94.85 % (2.23, 94.83 %)
           CIFAR-100 ddpm 6.01, 65.35 % (6.21, 63.68 %); ddpmpp 3.36, 71.61 % (3.46, 71.09 %)
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -656,12 +657,12 @@ def resampling(S, device):
 
 def apply_augment(x, params):
     """Transforms square images x (B, C, S, S), float32 in [-1, 1] on any device, by params as draw_augment gives them:
-    mirrored, then, in one resampling, moved by translate * S / 8 pixels, stretched by 2^(0.2 aniso) along aniso_angle,
-    rotated by `rotate` and enlarged by 2^(0.2 scale). Returns images and labels (B, 9). Images that are only mirrored
+    mirrored, then, in one resampling, enlarged by 2^(0.2 scale), rotated by `rotate`, stretched by 2^(0.2 aniso) along
+    aniso_angle and moved by translate * S / 8 pixels. Returns images and labels (B, 9). Images that are only mirrored
     cost nothing; params on the CPU spare the device the wait to learn which they are."""
     S, labels = x.shape[-1], augment_label(params)
     for name, axis in ("xflip", -1), ("yflip", -2):
-        x = torch.where(params[name].to(x.device).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
+        x = torch.where(params[name].to(x.device, non_blocking=True).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
     rows = (labels[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
     if len(rows):
         # From a place in the output to its place M z + v in the input, in pixels from the middle.
@@ -714,12 +715,12 @@ class BatchNorm(nn.Module):
         return x * (mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
 
 
-def mlp(*widths, last_norm):
-    """Linear, BatchNorm, ReLU, ... Linear, as the heads of MoCo v3 (Chen et al. 2021)."""
+def mlp(*widths):
+    """Linear, BatchNorm, ReLU, ... Linear, BatchNorm without weights: as the heads of MoCo v3 (Chen et al. 2021)."""
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU()]
-    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False) if last_norm else nn.Identity())
+    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False))
 
 
 class Projector(nn.Module):
@@ -729,7 +730,7 @@ class Projector(nn.Module):
     def __init__(self, D, hidden, E):
         super().__init__()
         self.time = nn.Linear(E, D) if E else None
-        self.mlp = mlp(D, hidden, hidden, 256, last_norm=True)
+        self.mlp = mlp(D, hidden, hidden, 256)
 
     def forward(self, f, e):
         return self.mlp(f + self.time(e) if self.time else f)
@@ -753,7 +754,7 @@ class Learner(nn.Module):
         self.net, self.cfg, self.diffusion, self.heads = net, cfg, Diffusion(cfg), nn.ModuleDict()
         if cfg.cl:
             self.heads["projector"] = Projector(net.D, cfg.cl_hidden, net.E if cfg.cl_head == "time" else None)
-            self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256, last_norm=True)
+            self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256)
         if cfg.aug and Weighting:
             self.heads["weighting"] = Weighting()
 
@@ -774,8 +775,9 @@ class Learner(nn.Module):
         if self.cfg.cl:
             q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
             contrast = info_nce(q, keys)
-        quarter = F.one_hot(torch.bucketize(t, t.new_tensor(self.diffusion.quartiles)), 4).to(loss.dtype)     # (B, 4)
-        parts = torch.cat([torch.stack([loss.mean(), contrast]), loss @ quarter, quarter.sum(dim=0)])
+        quarter = F.one_hot(sum((t > limit).long() for limit in self.diffusion.quartiles), 4)       # (B, 4)
+        sums = (loss[:, None] * quarter).sum(dim=0)
+        parts = torch.cat([torch.stack([loss.mean(), contrast]), sums, quarter.sum(dim=0)])
         return total.mean() + self.cfg.cl * contrast, parts.detach()
 
     @torch.no_grad()
@@ -817,12 +819,15 @@ def batch_indices(n, batch, seed, step):
 
 
 def read_batches(images, classes, cfg, step, own, device):
-    """From a step on, the images and classes of this process's part of each global batch, on the device. A thread reads
-    one step ahead, as images may come from a disk."""
+    """From a step on, the images and classes of this process's part of each global batch, on the device. For a GPU, a
+    thread reads one step ahead, as images may come from a disk. (On CPUs, its OpenMP threads would fight with ours.)"""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         x = images[rows.to(images.device)]
         return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x, classes[rows]
+    while device.type == "cpu":
+        yield read(step)
+        step += 1
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, step)
         while True:
@@ -911,7 +916,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
 
 
-def save_grid(images, path, columns=8):
+def save_grid(images, path, columns=10):
     """Images uint8 (n, C, H, W) as one PNG, small ones enlarged."""
     zoom = max(1, 64 // images.shape[2])
     images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -940,15 +945,16 @@ def save_loss_plot(log, path):
 
 # ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
 
-# What may change in mid-run.
-FREE = "data_dir skip_bad out init epochs steps accum device compile save_every sample_every".split()
+# What may change in mid-run; accum may not with --cl, which compares the images of one forward pass.
+FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
 
 
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
     there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
-    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in FREE and there.get(k) != here[k]]
+    free = {*FREE} - ({"accum"} if cfg.cl else set())
+    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in free and there.get(k) != here[k]]
     if other:
         raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
     for name, part in parts.items():
@@ -968,6 +974,8 @@ def train(cfg):
     if rest:
         raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
                         f"use {cfg.batch - rest + WORLD * cfg.accum}")
+    if cfg.cl and share * WORLD < 2:
+        raise UserError(f"--cl {cfg.cl}: needs at least two images in a forward pass; use a smaller --accum")
     with one_process_first():
         images, classes = load_data(cfg, train=True)
     N = len(images)
@@ -1092,16 +1100,16 @@ def train(cfg):
         # 5. Files: after some epochs, every ten minutes, and at the end.
         epoch, end = step * cfg.batch // N, step == total
         ended = (step - 1) * cfg.batch // N < epoch
-        if end or ended and epoch % cfg.sample_every == 0:
-            grid = sample(mean.net, cfg, range(64))                  # drawn by all processes together
-            if RANK == 0:
-                save_grid(grid, out / f"samples_{epoch:04d}.png")
-                save_loss_plot(log, out / "loss.png")
         if end or ended and epoch % cfg.save_every == 0:
             save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
         if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
+        if end or ended and epoch % cfg.sample_every == 0:
+            grid = sample(mean.net, cfg, range(80))                 # drawn by all processes together
+            if RANK == 0:
+                save_grid(grid, out / f"samples_{epoch:04d}.png")
+                save_loss_plot(log, out / "loss.png")
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -1160,11 +1168,11 @@ def build_net(cfg):
 def load_weights(net, path, weights="ema"):
     """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
     state = read_checkpoint(path)
-    if "script" not in state and hasattr(net, "from_official"):
-        state = net.from_official(state)
     try:
+        if "script" not in state and hasattr(net, "from_official"):
+            state = net.from_official(state)
         net.load_state_dict(state.get(weights, state))
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
 
 
@@ -1231,7 +1239,7 @@ def parse_command_line(argv):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
-    parser.add_argument("--n", "--images", type=int, help="how many (64); torchrun would take --n for its own")
+    parser.add_argument("--n", "--images", type=int, help="how many (80); torchrun would take --n for its own")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
@@ -1243,7 +1251,7 @@ def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
     if idle := set(given) - {*"seed batch nfe tol shift guidance guide_until vae device amp".split()}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
-    n = 64 if args.n is None else args.n
+    n = 80 if args.n is None else args.n
     if n < 1:
         raise UserError(f"--n {n}: must be at least 1")
     cfg, net = load_checkpoint(args.sample)

@@ -321,6 +321,9 @@ def open_dataset(name, data_dir, first="ddpm_sc", like=None):
         names |= module.RECIPES if module else {}
         if name in names:
             cfg = module.make_config(dataset=name, data_dir=data_dir)
+            if hasattr(like, "tokenizer") and name != "glyphs":
+                raise UserError(f"{name} at {like.size} x {like.size} is too large to be a reference here; name ADM's "
+                                "reference batch (.npz) or a folder of images")
             if like and like.dataset == name:
                 cfg = dataclasses.replace(like, data_dir=data_dir)
             load = functools.cache(lambda train: module.load_data(cfg, train))
@@ -379,7 +382,7 @@ def open_checkpoint(path, args, device):
     if not (script := find_script(name)):
         raise UserError(f"{path} is no checkpoint of a script beside fid.py ({', '.join(SCRIPTS)}), but of {name}")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
-    changes = {name: getattr(args, name) for name in ("nfe", "guidance") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("nfe", "guidance", "data_dir") if getattr(args, name) is not None}
     if "guidance" in changes and getattr(cfg, "uncond", True):
         raise UserError(f"--guidance {args.guidance:g}: does nothing, the network of {path} is told no classes")
     cfg = script.make_config(**{**dataclasses.asdict(cfg), **changes})

@@ -194,7 +194,8 @@ def main(argv=None):
         args.times = args.times or (list(module.Diffusion.probe_times) if args.grid else [cfg.t_probe])
         args.epochs = args.epochs or (15 if cfg.dataset.startswith("cifar") else 30)
         latents = hasattr(cfg, "tokenizer") and cfg.dataset != "glyphs"
-        args.batch, args.lr = args.batch or (1440 if latents else 512), args.lr or (2e-3 if latents else 4e-3)
+        args.batch = args.batch or (1440 if latents else 512)
+        args.lr = (2e-3 if latents else 4e-3) if args.lr is None else args.lr
         if args.draws > args.epochs:
             fail(f"--draws {args.draws}: only {args.epochs} could be used, one in each of --epochs {args.epochs}")
         if odd := [layer for layer in args.layers or [] if layer not in known]:

@@ -68,6 +68,12 @@ BAD_FOR = {
                 (["--dataset", "folder", "--size", "60"], "--size 60: must be a multiple of 8"),
                 (["--self_cond", "cls"], "--self_cond cls: must be one of adaptive, add, none")],
     "edm_sc": [(["--t_probe", "100"], "--t_probe 100.0: must lie between 0.002 and 80")],
+    "dit_latent_sc": [(["--classes", "7"], "--classes 7: goes with --dataset folder; glyphs has 10"),
+                      (["--class_drop", "0"], "--class_drop 0: nothing would be learned without a class"),
+                      (["--uncond", "--guidance", "2"], "--guidance 2.0: does nothing with --uncond"),
+                      (["--vae", "x.pt"], "--vae x.pt: does nothing with --tokenizer unshuffle"),
+                      (["--cell", "5"], "--cell 5: must be one of 1, 2, 4, 8, 16"),
+                      (["--dataset", "folder", "--size", "40"], "--size 40: must be a multiple of 16 for VA-VAE")],
     "rf_sc": [(["--t_probe", "11"], "--t_probe 11.0: must lie between 0 and 1"),
               (["--tol", "0"], "--tol 0.0: must lie between 1e-06 and 1")],
 }
@@ -121,8 +127,7 @@ def test_make_config_lists_what_is_valid(script):
 def test_default_run_folders_are_apart(script):
     """Another backbone, another baseline, or another folder of images is another run."""
     big = list(script.Backbone.sizes)[-1]
-    classes = dict(classes=7) if script.SCRIPT == "dit_latent_sc" else {}
-    outs = [script.make_config(**fields, **classes).out for fields in (
+    outs = [script.make_config(**fields).out for fields in (
         dict(dataset="imagenet100"), dict(dataset="imagenet100", backbone=big), dict(dataset="imagenet100", self_cond="none"),
         dict(dataset="imagenet100", seed=1), dict(dataset="folder", data_dir="cats"), dict(dataset="folder", data_dir="x/dogs"))]
     assert len(set(outs)) == 6 and "cats" in outs[4] and "dogs" in outs[5] and big in outs[1]
@@ -152,8 +157,7 @@ def test_more_processes_than_devices(script, monkeypatch):
 
 def test_every_recipe_is_valid(script):
     for dataset in script.RECIPES:
-        classes = dict(classes=7) if script.SCRIPT == "dit_latent_sc" else {}
-        cfg = script.make_config(dataset, **classes)
+        cfg = script.make_config(dataset)
         assert cfg == script.make_config(**dataclasses.asdict(cfg))
 
 

@@ -46,7 +46,7 @@ def test_heads_have_the_sizes_of_moco_v3():
     with torch.device("meta"):
         for D, expected in ((256, 18_890_752), (512, 19_939_328), (768, 20_987_904)):
             assert sum(p.numel() for p in edm_sc.Projector(D, 4096, None).parameters()) == expected
-        assert sum(p.numel() for p in edm_sc.mlp(256, 4096, 256, last_norm=True).parameters()) == 2_105_344
+        assert sum(p.numel() for p in edm_sc.mlp(256, 4096, 256).parameters()) == 2_105_344
 
 
 def test_batch_norm():
@@ -141,7 +141,7 @@ def test_target_time(script, small, target, monkeypatch):
     assert seen[0].unique().tolist() == pytest.approx([cfg.t_probe if target == "probe" else least])
 
 
-@pytest.mark.parametrize("fields, tap", [({}, "cls_1"), (dict(cl_feature="gap"), "out_1"), (dict(layer="cls_2"), "cls_2"),
+@pytest.mark.parametrize("fields, tap", [({}, "cls_1"), (dict(cl_feature="gap"), "out_1"), (dict(layer="cls_2"), "cls_2"), (dict(layer="cls_2", cl_feature="gap"), "out_2"),
                                          (dict(self_cond="none", cl_feature="gap", layer="out_2"), "out_2")])
 def test_feature_of_uvit(small, fields, tap):
     """Table 7e."""

@@ -268,7 +268,7 @@ def test_encoding_goes_on_where_it_was_killed(pictures, monkeypatch, capsys):
 
 def test_encoding_from_the_shell_survives_sigkill(pictures):
     cfg = pictures
-    arguments = ["--encode", "--dataset", "folder", "--data_dir", cfg.data_dir, "--size", 32, "--tokenizer", "unshuffle", "--cell", 8, "--classes", 2]
+    arguments = ["--encode", "--dataset", "folder", "--data_dir", cfg.data_dir, "--size", 32, "--tokenizer", "unshuffle", "--cell", 8]
     process = launch("dit_latent_sc", arguments)
     folder = dit.Path(cfg.data_dir)
     for _ in range(3000):
@@ -291,9 +291,19 @@ def test_encoding_from_the_shell_survives_sigkill(pictures):
 
 def test_what_does_not_belong_together_is_refused(pictures, monkeypatch):
     cfg = pictures
-    with pytest.raises(dit.UserError, match="no latents .*--encode --dataset folder"):
+    with pytest.raises(dit.UserError, match="no latents .*--encode --dataset folder .*--size 256 --tokenizer vavae --cell 16"):
         dit.load_data(dit.make_config("folder", data_dir=cfg.data_dir, classes=2), True)
     dit.load_data(cfg, True)
+    with pytest.raises(dit.UserError, match="--classes 1: .* has 2"):
+        dit.load_data(dit.dataclasses.replace(cfg, classes=1), True)
+    dit.load_data(cfg, False)
+    dit.latents_path(cfg, True).unlink()            # encoded anew from other images, the test latents are of another scale
+    facts = json.loads(dit.latents_path(cfg, False).with_name("folder32-unshuffle8-test.latents.json").read_text())
+    beside = dit.latents_path(cfg, False).with_name("folder32-unshuffle8-test.latents.json")
+    beside.write_text(json.dumps(dict(facts, std=[2 * v for v in facts["std"]])))
+    dit.load_data(cfg, True)
+    with pytest.raises(dit.UserError, match="normalised otherwise than"):
+        dit.load_data(cfg, False)
     path = dit.latents_path(cfg, True)
     good = path.read_bytes()
     path.write_bytes(good[:-2])
@@ -338,14 +348,14 @@ def test_vae_files(tmp_path, monkeypatch):
 
 
 def test_samples_by_class(tmp_path):
-    """Rows of eight images of one class; the checkpoint carries what latents are normalised by."""
+    """Classes in turn, so that N images have N / classes of each; the checkpoint carries what latents are normalised by."""
     cfg = dit.make_config(**{**SMALL_DIT, "data_dir": str(tmp_path)})
     net, seen = tiny(data_dir=str(tmp_path)), []
     net.latent_mean.fill_(0.25)
     forward = net.forward
     net.forward = lambda x, t, y=None, **more: (seen.append(y), forward(x, t, y, **more))[1]
     images = dit.sample(net, cfg, range(24))
-    assert images.shape == (24, 3, 16, 16) and seen[0][:24].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert images.shape == (24, 3, 16, 16) and seen[0][:24].tolist() == [0, 1, 2, 3] * 6
     assert math.isclose(net.state_dict()["latent_mean"][0].item(), 0.25)
 
 

@@ -44,7 +44,7 @@ def test_images_do_not_depend_on_the_processes(script, net, tmp_path):
         assert status == 0, err[-2000:]
         assert re.search(r"net_seeds5-17.png: 13 images from the ema weights", out)
     one, two = (Image.open(tmp_path / str(processes) / "net_seeds5-17.png") for processes in (1, 2))
-    assert one.size == (8 * 66, 2 * 66) and one.tobytes() == two.tobytes()
+    assert one.size == (10 * 66, 2 * 66) and one.tobytes() == two.tobytes()
 
 
 def test_training_draws_do_not_touch_sampling(script, net):

@@ -125,7 +125,7 @@ def test_features(script):
     x, noise = torch.randn(2, 5, 3, 16, 16)
     full = script.features(net, x, t, noise)
     assert list(full) == layers == [f"out_{k}" for k in range(1, 7)]
-    assert [f.shape[1] for f in full.values()] == [64, 64, 64, 64, 32, 32] and all(f.dtype == torch.float32 for f in full.values())
+    assert [f.shape[1] for f in full.values()] == [128, 128, 64, 64, 32, 32] and all(f.dtype == torch.float32 for f in full.values())
     ran = []
     net.up[-1].register_forward_hook(lambda *args: ran.append(1))
     part = script.features(net, x, t, noise, last="out_2")
