@@ -1,5 +1,6 @@
 """What the options cost, as ratios of training-step times: medians of interleaved steps, so that a busy machine disturbs
-all alike. Not a test: no time is ever asserted.
+all alike. Not a test: no time is ever asserted. Where memory is slow to come from the system, ratios are steadier with
+MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 in the environment.
 
     python tests/bench.py                       # the paper's networks on noise of the size of CIFAR: 15 minutes on 2 cores
     python tests/bench.py --scripts uvit_sc dit_latent_sc --batch 8 --rounds 3
@@ -63,8 +64,9 @@ def main():
                  for label, fields in VARIANTS.items()}
         times = {label: [] for label in steps}
         for n in range(args.rounds + 1):        # the first round warms up
-            for label, step in steps.items():
-                times[label].append(step(n))
+            turn = n % len(steps)               # whoever comes first finds another state of the allocator
+            for label in [*steps][turn:] + [*steps][:turn]:
+                times[label].append(steps[label](n))
         print(f"{name}, {args.batch} images, {args.device}, {torch.get_num_threads()} threads, median of {args.rounds} rounds")
         for label, rows in times.items():
             reference = times["baseline" if label == "self-conditioning" else "self-conditioning"]
