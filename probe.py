@@ -168,7 +168,7 @@ def parse_command_line(argv):
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
     parser.add_argument("--draws", type=int, default=3, help="draws of flips and noise (3); the paper: one an epoch")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
-    parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440: Table 11; glyphs 128)")
+    parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440; glyphs 128)")
     parser.add_argument("--lr", type=float, help="of Adam, at first (4e-3; 2e-3 on latents of ImageNet: Table 11)")
     parser.add_argument("--seed", type=int, default=0, help="of draws, held-out images and heads (0)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (ema)")
