@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import finish, flags, launch, losses
+from conftest import SCRIPTS, finish, flags, launch, losses
 
 
 def final(run):
@@ -148,7 +148,8 @@ def test_nonfinite_gradients_are_skipped(script, small, monkeypatch):
     assert (Path(small["out"]) / "last.pt").read_bytes() == saved
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("script, amp", [(name, "bf16") for name in SCRIPTS] + [("edm_sc", "fp16"), ("dit_latent_sc", "fp16")],
+                         indirect=["script"])
 def test_mixed_precision(script, small, amp):
     """Both run on the CPU as well; weights stay float32 and the losses stay near those of float32."""
     script.train(script.make_config(**small, steps=8, amp=amp))
