@@ -1345,19 +1345,19 @@ def features(net, x, t, noise, last=None):
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
 
 
-def sample(net, cfg, seeds, batch=64, progress=False):
-    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i]: not of the others, the batch size or the
-    number of processes, which share the work and all get all images. The net sees multiples of 8 images: matrix
-    products with fewer rows use other kernels, which round differently. net.nfe is then the mean number of network
-    evaluations for an image."""
+def sample(net, cfg, seeds, progress=False):
+    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i]: not of the others or of the number of
+    processes, which share the work and all get all images. Hence the net always sees the same number of rows, some of
+    them for nothing: for another number, kernels are chosen that round differently. net.nfe is then the mean number of
+    network evaluations for an image."""
     device, seeds, C, S = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset][0], cfg.size
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     evaluations = torch.zeros(len(seeds), device=device)
-    mine = list(range(RANK, len(seeds), WORLD))
+    mine, group = list(range(RANK, len(seeds), WORLD)), 64 if device.type == "cuda" else 16
     quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
-    for i in tqdm(range(0, len(mine), batch), desc="sampling", unit="batch", disable=quiet):
-        rows = mine[i:i + batch]
-        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + [0] * (-len(rows) % 8))
+    for i in tqdm(range(0, len(mine), group), desc="sampling", unit=f"{group} images", disable=quiet):
+        rows = mine[i:i + group]
+        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + [0] * (group - len(rows)))
         images[rows], evaluations[rows] = drawn[:len(rows)], nfe[:len(rows)]
     if WORLD > 1:
         dist.all_reduce(images)     # the other processes' rows are zero
@@ -1398,15 +1398,15 @@ def parse_command_line(argv):
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    if idle := set(given) - {*"seed batch nfe tol shift guidance guide_until vae device amp".split()}:
+    if idle := set(given) - {*"seed nfe tol shift guidance guide_until vae device amp".split()}:
         raise UserError(f"--{min(idle)} does nothing with --sample")
     n = 80 if args.n is None else args.n
     if n < 1:
         raise UserError(f"--n {n}: must be at least 1")
     cfg, net = load_checkpoint(args.sample)
-    cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, "batch": 64, **given})
+    cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, **given})
     net.to(start(cfg))
-    images = sample(net, cfg, range(cfg.seed, cfg.seed + n), cfg.batch, progress=True)
+    images = sample(net, cfg, range(cfg.seed, cfg.seed + n), progress=True)
     if RANK == 0:
         path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"
         save_grid(images, path)

@@ -393,7 +393,7 @@ def open_checkpoint(path, args, device):
     def draw(batch):
         evaluations = 0
         for i in range(0, args.n, batch):
-            images = script.sample(net, cfg, seeds[i:i + batch], batch=batch)
+            images = script.sample(net, cfg, seeds[i:i + batch])
             evaluations += net.nfe * len(images)
             yield images
         side.facts["nfe"] = round(evaluations / args.n, 1)      # RK45 takes as many as an image needs
