@@ -694,11 +694,11 @@ class DiT(nn.Module):
     def embed_time(self, t):
         return self.t_embedder(t)                                                   # (B, D)
 
-    def forward(self, x, t, y=None, tap=False, last=None):
+    def forward(self, x, t, y=None, tap=False, last=None, place=None):
         """x (B, C, S, S), t (B,) -> prediction (B, C, S, S). y: classes (B,), -1 or None where not known, or a tuple of
         them and the shifts (B, 2) of a crop. With `tap`: prediction, and the pooled feature that is contrasted, (B, D)
         float32. With the name of a layer as `last`: the pooled features of all layers up to it, {name: (B, D)
-        float32}; the rest is not computed."""
+        float32}; the rest is not computed. With place (B,) in [0, 1), these include token_k: one position."""
         y, shift = y if isinstance(y, tuple) else (y, None)
         y = None if last else y     # features are never told the class, neither the probe's nor the teacher's
         c = self.t_embedder(t)                                                      # (B, D), the conditioning
@@ -713,6 +713,8 @@ class DiT(nn.Module):
             h = block(h, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
             if last or tap and f"block_{k}" == self.tap:
                 feats[f"block_{k}"] = h.float().mean(dim=1)                         # (B, D)
+            if place is not None:
+                feats[f"token_{k}"] = h[range(len(h)), (place * h.shape[1]).long()].float()
             if last in feats:
                 return feats
             if k == self.sc_layer:                                                  # [SC] what the image is about:
@@ -1337,12 +1339,13 @@ def load_checkpoint(path, weights="ema"):
 
 
 @torch.no_grad()
-def features(net, x, t, noise, last=None):
+def features(net, x, t, noise, last=None, place=None):
     """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
-    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
+    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
+    (B,) in [0, 1), also those of one position of each image, token_k."""
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
-    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)
 
 
 def sample(net, cfg, seeds, progress=False):

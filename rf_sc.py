@@ -504,10 +504,11 @@ class UNet(nn.Module):
     def embed_time(self, c):
         return self.time_emb(c)                                                     # (B, E)
 
-    def forward(self, x, c, aug=None, tap=False, last=None):
+    def forward(self, x, c, aug=None, tap=False, last=None, place=None):
         """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). aug (B, 9): labels of the augmentation; None is zeros.
         With `tap`: prediction, and the pooled feature that is contrasted, (B, D) float32. With the name of a layer as
-        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed. With
+        place (B,) in [0, 1), these include token_k: one position of the map, a random one in Fig. 4."""
         e = self.time_emb(c, aug)                                                   # (B, E), the conditioning
         h = self.image_proj(x)
         skips, feats, k = [h], {}, 0
@@ -523,6 +524,8 @@ class UNet(nn.Module):
             k += 1
             if last or tap and f"out_{k}" == self.tap:
                 feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
+            if place is not None:
+                feats[f"token_{k}"] = h.float().flatten(2)[range(len(h)), :, (place * h[0, 0].numel()).long()]
             if last in feats:
                 return feats
             if k == self.sc_layer:                                                  # [SC] what the image is about:
@@ -1199,12 +1202,13 @@ def load_checkpoint(path, weights="ema"):
 
 
 @torch.no_grad()
-def features(net, x, t, noise, last=None):
+def features(net, x, t, noise, last=None, place=None):
     """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
-    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
+    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
+    (B,) in [0, 1), also those of one position of each image, token_k."""
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
-    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)
 
 
 def sample(net, cfg, seeds, progress=False):

@@ -457,10 +457,11 @@ class UViT(nn.Module):
     def embed_time(self, t):
         return time_token(t, self.D)                                                # (B, D)
 
-    def forward(self, x, t, aug=None, tap=False, last=None):
+    def forward(self, x, t, aug=None, tap=False, last=None, place=None):
         """x (B, C, H, W), t (B,) -> prediction (B, C, H, W). aug (B, 9): labels of the augmentation; None is zeros.
         With `tap`: prediction, and the pooled feature that is contrasted, (B, D) float32. With the name of a layer as
-        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed."""
+        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed. With
+        place (B,) in [0, 1), these include token_k: the patch at that place, a random one in Fig. 4."""
         (B, C, H, W), p = x.shape, self.patch
         tokens = [self.embed_time(t)[:, None]]                                      # (B, 1, D)
         if self.cls:                                                                # [SC] [CLS] starts empty, reads all
@@ -480,6 +481,8 @@ class UViT(nn.Module):
                 feats[f"out_{k}"] = h[:, self.extras:].float().mean(dim=1)          # pooled patches
                 if self.cls:
                     feats[f"cls_{k}"] = h[:, 1].float()                             # [SC] what [CLS] has gathered
+            if place is not None:
+                feats[f"token_{k}"] = h[range(B), self.extras + (place * (h.shape[1] - self.extras)).long()].float()
             if last in feats:
                 return feats
         h = self.decoder_pred(self.norm(h))[:, self.extras:]                        # (B, HW/pp, ppC)
@@ -1119,12 +1122,13 @@ def load_checkpoint(path, weights="ema"):
 
 
 @torch.no_grad()
-def features(net, x, t, noise, last=None):
+def features(net, x, t, noise, last=None, place=None):
     """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
-    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`."""
+    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
+    (B,) in [0, 1), also those of one position of each image, token_k."""
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
-    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last)
+    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)
 
 
 def sample(net, cfg, seeds, progress=False):

@@ -13,6 +13,11 @@ from conftest import flags
 ARGS = argparse.Namespace(seed=0, epochs=6, batch=32, lr=4e-3, device=torch.device("cpu"))
 
 
+def fit(draws, labels, classes, args):
+    """Heads of all images, from draws [(cells, N, D)] used in turn."""
+    return probe.fit(lambda epoch, rows: draws[epoch % len(draws)][:, rows], torch.arange(len(labels)), labels, classes, args)
+
+
 def blobs(n=200, cells=3, D=8, classes=4, seed=0):
     """Features (cells, n, D) of which cell 1 alone tells the labels (n,)."""
     gen = torch.Generator().manual_seed(seed)
@@ -25,13 +30,13 @@ def blobs(n=200, cells=3, D=8, classes=4, seed=0):
 def test_heads_together_equal_heads_apart():
     """One fit of three cells against torch.nn.Linear trained alone: same start, same batches, same result."""
     feats, labels = blobs()
-    W, b = probe.fit([feats], labels, 4, ARGS)
+    W, b = fit([feats], labels, 4, ARGS)
     gen = torch.Generator().manual_seed(ARGS.seed)
-    starts = [(torch.rand(*shape, generator=gen) * 2 - 1) / 8 ** 0.5 for shape in ((3, 8, 4), (3, 1, 4))]
+    starts = [(torch.rand(*shape, generator=gen) * 2 - 1) / 8 ** 0.5 for shape in ((1, 8, 4), (1, 1, 4))]
     orders = [torch.randperm(200, generator=gen) for _ in range(ARGS.epochs)]
     for cell in range(3):
         head = torch.nn.Linear(8, 4)
-        head.weight.data, head.bias.data = starts[0][cell].T.clone(), starts[1][cell, 0].clone()
+        head.weight.data, head.bias.data = starts[0][0].T.clone(), starts[1][0, 0].clone()
         optimizer = torch.optim.Adam(head.parameters(), lr=ARGS.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ARGS.epochs)
         for order in orders:
@@ -45,16 +50,17 @@ def test_heads_together_equal_heads_apart():
 
 def test_accuracy_finds_the_telling_cell():
     train, test = blobs(), blobs(seed=1)
-    scores = probe.accuracy(probe.fit([train[0]], train[1], 4, argparse.Namespace(**{**vars(ARGS), "epochs": 40})), *test)
+    heads = fit([train[0]], train[1], 4, argparse.Namespace(**{**vars(ARGS), "epochs": 40}))
+    scores = probe.accuracy(heads, lambda epoch, rows: test[0][:, rows], torch.arange(len(test[1])), test[1])
     assert scores[1] > 90 and max(scores[0], scores[2]) < 50
 
 
 def test_draws_are_used_in_turn():
     """With two draws, epochs 0, 2, 4 see the first: a second draw of zeros leaves its epochs without signal."""
     feats, labels = blobs()
-    one, two = (probe.fit(draws, labels, 4, ARGS)[0] for draws in ([feats], [feats, torch.zeros_like(feats)]))
+    one, two = (fit(draws, labels, 4, ARGS)[0] for draws in ([feats], [feats, torch.zeros_like(feats)]))
     assert not torch.allclose(one, two)
-    assert torch.equal(one, probe.fit([feats, feats], labels, 4, ARGS)[0])
+    assert torch.equal(one, fit([feats, feats], labels, 4, ARGS)[0])
 
 
 @pytest.fixture
@@ -119,14 +125,14 @@ def test_epochs_of_table_11(monkeypatch, tmp_path, cifar):
 def test_extraction_repeats_itself(run):
     cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
     images, _ = uvit_sc.load_data(cfg, train=True)
-    one, two, other = (probe.extract(uvit_sc, net, images, 11, ["out_1", "cls_1"], seed, flip=True) for seed in (1, 1, 2))
+    one, two, other = (probe.extract(uvit_sc, net, images, 11, ["out_1", "cls_1"], 0, draw, flip=True) for draw in (1, 1, 2))
     assert one.shape == (2, 64, net.D) and one.dtype == torch.float16
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["nowhere.pt"], "nowhere.pt is no checkpoint that can be read"),
-    (["CKPT", "--layers", "out_9"], "--layers out_9: must be of out_1, cls_1"),
+    (["CKPT", "--layers", "out_9"], "--layers out_9: must be of out_1, token_1, cls_1"),
     (["CKPT", "--times", "2000"], "--times 2000: must lie between 1 and 1000"),
     (["CKPT", "--draws", "0"], "--draws 0: must lie between 1"),
     (["CKPT", "--draws", "16"], "--draws 16: only 15 could be used"),
