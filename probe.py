@@ -49,8 +49,8 @@ def kind(layer):        # out_2 is of kind out, token_2 of kind token: one rando
 @torch.inference_mode()
 def extract(module, net, images, t, layers, seed, draw, flip=False, share=False):
     """Features of one draw of flips and noise: float16 (layers, N, D) on the CPU; with `share`, of every WORLD-th
-    layer, those whose heads this process trains. Flips and noise are functions of (seed, draw, chunk), whoever computes them.
-    Draws come in pairs that mirror opposite halves of the images, so that two show each of them both ways.
+    layer, those whose heads this process trains. Flips and noise are functions of (seed, draw, chunk), whoever
+    computes them. Draws come in pairs that mirror opposite halves of the images: two show each of them both ways.
 
     Narrow layers are filled up with zeros, which change neither logits nor gradients. float16 halves the memory; it
     rounds at 5e-4, far below what the noise does to a feature.
@@ -58,7 +58,9 @@ def extract(module, net, images, t, layers, seed, draw, flip=False, share=False)
     device, chunks, mine = next(net.parameters()).device, math.ceil(len(images) / CHUNK), []
     last = layers[-1].replace("token", kind(module.Backbone.choices(net.cfg)["layer"][0]))
     quiet = None if RANK == 0 else True
-    for c in tqdm(range(RANK, chunks, WORLD), desc=f"features at t = {t:g}", unit="chunk", leave=False, disable=quiet):
+    turns = range(RANK, math.ceil(chunks / WORLD) * WORLD, WORLD)       # as many for all: some do the last one again
+    for c in tqdm(turns, desc=f"features at t = {t:g}", unit="chunk", leave=False, disable=quiet):
+        c = min(c, chunks - 1)
         x, gen = images[c * CHUNK:(c + 1) * CHUNK].to(device), module.rng(seed, draw, c, 1, device=device)
         coins = torch.rand(len(x), generator=module.rng(seed, draw // 2, c, 2, device=device), device=device)
         x, _ = module.make_view(x, None, dict(flip=((coins < 0.5) ^ bool(draw % 2)) & flip))    # no augmentation
@@ -69,8 +71,6 @@ def extract(module, net, images, t, layers, seed, draw, flip=False, share=False)
         width = max(feats[layer].shape[1] for layer in layers)
         feats = torch.stack([F.pad(feats[k], (0, width - feats[k].shape[1], 0, CHUNK - len(x))) for k in layers])
         mine.append(feats.half().cpu())                                         # (layers, CHUNK, D)
-    if WORLD > 1:       # a chunk more or less does not matter: all send as many
-        mine += [torch.zeros_like(mine[0])] * (math.ceil(chunks / WORLD) - len(mine))
     feats, own = torch.stack(mine, dim=1), []                                   # (layers, chunks, CHUNK, D)
     for i in range(len(layers)) if WORLD > 1 else []:
         parts = [torch.empty_like(feats[i], device=device) for _ in range(WORLD)]
@@ -291,14 +291,17 @@ def parse_command_line(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("checkpoints", nargs="*", help="last.pt or ckpt_EPOCH.pt of one or more runs")
+    argv = sys.argv[1:] if argv is None else argv
+    if not any(word.startswith("--script") for word in argv):       # else words may be the values of a script's flags
+        parser.add_argument("checkpoints", nargs="+", help="last.pt or ckpt_EPOCH.pt of one or more runs")
+    parser.set_defaults(checkpoints=[])
     parser.add_argument("--script", choices=SCRIPTS, help="with --init, instead of checkpoints; its flags may follow")
     parser.add_argument("--init", metavar="FILE", help="weights with the official names of the network of --script")
     parser.add_argument("--times", type=float, nargs="+", help="in the units of the formulation (default: t_probe)")
     parser.add_argument("--layers", nargs="+", help="such as out_2 cls_2 token_2 (default: all but token_*)")
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
     parser.add_argument("--tokens", action="store_true", help="also one random position of each map (Fig. 4)")
-    parser.add_argument("--draws", type=int, help="draws of flips and noise (one for 15 epochs); the paper: one an epoch")
+    parser.add_argument("--draws", type=int, help="draws of flips and noise (one for 15 epochs; paper: one an epoch)")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
     parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440; glyphs 128)")
     parser.add_argument("--lr", type=float, help="of Adam, at first (4e-3; 2e-3 on latents of ImageNet: Table 11)")
@@ -312,8 +315,8 @@ def parse_command_line(argv):
     args, args.fields = parser.parse_known_args(argv)
     if args.fields and not args.script:
         fail(f"unrecognized arguments: {' '.join(args.fields)}")
-    if bool(args.script) != bool(args.init) or bool(args.init) == bool(args.checkpoints):
-        fail("give checkpoints, or else --script with --init")
+    if bool(args.script) != bool(args.init):
+        fail("--script and --init go together")
     limits = dict(draws=(1, 999), epochs=(1, 10**6), batch=(1, 10**9), lr=(0, 1000), seed=(0, 2**31))
     for name, (low, high) in limits.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
@@ -415,9 +418,9 @@ def report(results, out):
     raw = "" if r["raw_pixels"] is None else f"raw pixels {r['raw_pixels']:.2f} %, "
     print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}20 nearest neighbours "
           f"{r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
-    print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + {r['test_images']} "
-          f"images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, seed {r['seed']}; "
-          f"{r['seconds']} s; {out / 'probe.json'}")
+    print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + "
+          f"{r['test_images']} images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, "
+          f"seed {r['seed']}; {r['seconds']} s; {out / 'probe.json'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """probe.py: the heads are what separate training would give, the choice is honest, the outcome is written down."""
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import probe
 import uvit_sc
-from conftest import flags
+from conftest import finish, launch
 
 ARGS = argparse.Namespace(seed=0, epochs=6, batch=32, lr=4e-3, device=torch.device("cpu"))
 
@@ -153,3 +154,65 @@ def test_bad_input(run, arguments, says, capsys, tmp_path, monkeypatch):
         probe.main([str(names.get(word, word)) for word in arguments])
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("probe: ") and says in err
+
+
+def test_two_processes_find_what_one_finds(run, tmp_path):
+    """Three layers for two processes, with draws kept (2 of 4 epochs) and used once (4 of 4): the same table and accuracy."""
+    for draws in (2, 4):
+        for processes in (1, 2):
+            out = tmp_path / f"{draws}-{processes}"
+            arguments = [run / "last.pt", "--layers", "out_1", "token_1", "cls_2", "--draws", draws, "--epochs", 4, "--device", "cpu", "--out", out]
+            status, _, err = finish(launch("probe", arguments, processes))
+            assert status == 0, err[-2000:]
+        one, two = (json.loads((tmp_path / f"{draws}-{n}" / "probe.json").read_text()) for n in (1, 2))
+        for key in ("accuracy", "raw_pixels", "knn", "t", "layer", "held_out_accuracy"):
+            assert one[key] == two[key], key
+
+
+def test_several_checkpoints(run, tmp_path, capsys):
+    """A row for each, the best on held-out images, the highest on the test set, and one picture of the curves."""
+    probe.main([str(run / "last.pt"), str(run / "ckpt_0000.pt"), "--tokens", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path)])
+    many = json.loads((tmp_path / "probe.json").read_text())
+    held = [r["held_out"] for r in many["results"]]
+    assert many["chosen"] == many["results"][held.index(max(held))]["checkpoint"] and len(held) == 2
+    assert many["highest"] == max(r["accuracy"] for r in many["results"]) and "token_2" in many["results"][0]["layers"]
+    assert (tmp_path / "layers.png").stat().st_size > 500 and "highest on the test set" in capsys.readouterr().out
+
+
+def test_weights_of_others(run, tmp_path, cifar, capsys):
+    """--script and --init: a bare state_dict gives what the checkpoint gives, and says that all of it fits."""
+    cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    common = ["--epochs", "2", "--device", "cpu", "--data_dir", str(cifar)]
+    probe.main([str(run / "last.pt"), *common])
+    probe.main(["--script", "uvit_sc", "--init", str(tmp_path / "weights.pth"), *common, "--dataset", "cifar100",
+                "--backbone", "uvit_tiny", "--patch", "8", "--self_cond", "cls"])
+    one, two = (json.loads((folder / "probe.json").read_text()) for folder in (run, tmp_path))
+    assert one["accuracy"] == two["accuracy"] and one["held_out_accuracy"] == two["held_out_accuracy"]
+    assert f"all {len(net.state_dict())} tensors" in capsys.readouterr().out
+
+
+def test_neighbours_and_spread():
+    """Two tight clusters: every vote is right, pairs are close; a plain double loop gives the same uniformity."""
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    x = torch.eye(2)[labels].repeat(1, 4) + 0.05 * torch.randn(60, 8, generator=gen)
+    assert probe.neighbours(x, labels, x, labels, 2, torch.device("cpu")) == 100
+    assert probe.neighbours(x, labels, x, 1 - labels, 2, torch.device("cpu")) == 0
+    align, uniform = probe.alignment_uniformity(x, x)
+    unit = [row / row.norm() for row in x]
+    plain = [math.exp(-2 * (unit[i] - unit[j]).square().sum()) for i in range(60) for j in range(i)]
+    assert align == 0 and uniform == pytest.approx(math.log(sum(plain) / len(plain)), rel=1e-4)
+
+
+def test_draws_mirror_opposite_halves(run, monkeypatch):
+    """Draws 0 and 1 show each image both ways, 2 and 3 again with other halves."""
+    cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
+    seen, make = [], uvit_sc.make_view
+    monkeypatch.setattr(uvit_sc, "make_view", lambda x, y, view: (seen.append(view["flip"]), make(x, y, view))[1])
+    images, _ = uvit_sc.load_data(cfg, train=True)
+    for draw in range(4):
+        probe.extract(uvit_sc, net, images, 11, ["out_1"], 0, draw, flip=True)
+    probe.extract(uvit_sc, net, images, 11, ["out_1"], 0, 1, flip=False)
+    assert torch.equal(seen[0], ~seen[1]) and torch.equal(seen[2], ~seen[3]) and not torch.equal(seen[0], seen[2])
+    assert not seen[4].any()
