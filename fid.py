@@ -617,10 +617,6 @@ def evaluate(args, device):
     net = in_turn(lambda: load_detector(b, folder) if tiny else load_inception(args.inception, folder)).to(device)
     if not tiny:
         net.resize = args.resize
-    for side in sides.values():
-        if first and side.n and side.n < net.dim:
-            print(f"WARNING: {side.name} has {side.n} images for {net.dim} features: too few for a covariance, so the "
-                  "score is much too high; compare it with scores of the same N only", file=sys.stderr)
     if b:
         kind = net.kind + "-tensorflow" * (net.resize == "tensorflow")
         cache = Path(folder) / f"stats-{kind}-{net.hash}-{b.hash}.npz"      # same detector and images, same statistics
@@ -644,6 +640,10 @@ def evaluate(args, device):
         floor, _ = measure(Side("test images", len(test), functools.partial(shares, test)), net, device, args.batch)
         floor = frechet_distance(*floor, *target) if first else None
         result |= dict(floor=floor, floor_n=len(test), detector_accuracy=net.accuracy)
+    for side in sides.values():
+        if first and side.n and side.n < net.dim:
+            print(f"WARNING: {side.name} has {side.n} images for {net.dim} features: too few for a covariance, so the "
+                  "score is much too high; compare it with scores of the same N only", file=sys.stderr)
     result |= {k: dict(name=side.name, n=side.n, sha256=side.hash, **side.facts) for k, side in sides.items()}
     return result | dict(detector=net.kind, detector_sha256=net.hash, resize=net.resize, processes=WORLD,
                          seconds=round(time.time() - begin, 1))

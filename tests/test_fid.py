@@ -451,7 +451,7 @@ def test_two_processes_give_the_numbers_of_one(cifar, monkeypatch):
     """133 samples: 64 for each process, then 5 for the first and none for the second."""
     monkeypatch.setattr(uvit_sc, "load_data", LOAD_DATA)
     monkeypatch.setitem(fid.DETECTOR, "steps", STEPS)   # the name of its file tells the steps, and there are none here
-    monkeypatch.setattr(fid, "train_detector", lambda images, labels: fid.TinyDetector(32, 100).eval())
+    monkeypatch.setattr(fid, "train_detector", lambda images, labels: fid.TinyDetector(32, 20).eval())
     torch.manual_seed(0)
     net = uvit_sc.build_net(uvit_sc.make_config(**{**SMALL, "data_dir": str(cifar), "nfe": 1}))
     uvit_sc.write_checkpoint(Path("a.pt"), script="uvit_sc", config=dict(vars(net.cfg)), step=1, ema=net.state_dict())
