@@ -487,7 +487,7 @@ def open_npz(path):
 def image_writer(path, seeds, workers):
     """A function that writes images uint8 (B, C, H, W), in the order of the seeds: write(index of the first, images).
     path: a folder for PNGs, named by seed; or one .npz as ADM reads it, which grows on the disk and not in memory; or
-    None. The first process writes."""
+    None. It gets its name when all are written. The first process writes."""
     if not path or RANK > 0:
         yield lambda start, images: None
     elif path.endswith(".npz"):
@@ -501,13 +501,20 @@ def image_writer(path, seeds, workers):
                 file.write(pixels.tobytes())
             yield write
     else:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        digits, part = max(6, len(str(seeds[-1]))), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+        part.mkdir()
 
         def save(seed, image):
-            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(Path(path, f"{seed:06d}.png"))
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part / f"{seed:0{digits}d}.png")
 
-        with ThreadPoolExecutor(workers) as pool:
-            yield lambda start, images: [*pool.map(save, seeds[start:start + len(images)], images)]
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                yield lambda start, images: [*pool.map(save, seeds[start:start + len(images)], images)]
+            if Path(path).exists():
+                Path(path).rmdir()      # it was empty; if it no longer is, this fails
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def open_checkpoint(path, args, device, save=None):
@@ -635,7 +642,7 @@ def evaluate(args, device):
         agreed(lambda: save_stats(args.B, gaussian, a.n, net.resize) if first else None)
         result |= dict(saved=args.B, inception_score=score)
     if tiny:        # what a perfect model would get: as many test images as A has, if there are
-        test = b.load(False)[0]
+        test = in_turn(lambda: b.load(False))[0]
         test = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:a.n]]
         floor, _ = measure(Side("test images", len(test), functools.partial(shares, test)), net, device, args.batch)
         floor = frechet_distance(*floor, *target) if first else None
@@ -669,10 +676,10 @@ def describe(r):
 
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
-    if RANK == 0:
+    if LOCAL_RANK == 0:     # once on each machine, if not all have the fault
         print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    if WORLD > 1 and not dist.is_initialized():     # torchrun ends all with the first to go: let the line be printed
-        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
+    else:
+        time.sleep(10)      # torchrun ends all with the first to go, which is to be the one that says why
     sys.exit(2)
 
 
@@ -702,6 +709,7 @@ def parse_command_line(argv):
     add("--inception", metavar="FILE", help="Inception weights, instead of those in --data_dir or a download")
     add("--resize", choices=("torch", "tensorflow"), help="before Inception. torch: pytorch-fid's | tensorflow: "
         "that of torch-fidelity and ADM's evaluator (torch)")
+    add("--dims", type=int, choices=(2048,), help="pytorch-fid's: its other, narrower features are not here (2048)")
     add("--save_stats", action="store_true", help="B is a new .npz for mean and covariance of A, for us and for "
         "pytorch-fid; no distance is computed")
     add("--json", metavar="FILE", help="write the result and its protocol")
@@ -782,4 +790,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
+            os._exit(end.code)
+        raise
+    if WORLD > 1:
+        sys.stdout.flush()
+        os._exit(0)
