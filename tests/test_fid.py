@@ -1,5 +1,5 @@
 """fid.py: numbers against closed forms and against pytorch-fid, files, names, and errors. CPU, no network."""
-import http.server, importlib, json, sys, threading
+import concurrent.futures, http.server, importlib, json, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
 import uvit_sc
+from conftest import SMALL, finish, launch
+
+LOAD_DATA, STEPS = uvit_sc.load_data, fid.DETECTOR["steps"]
 
 
 class Stub(torch.nn.Module):
     """A detector that costs nothing: the mean and the mean square of each colour."""
-    kind, dim, classes, hash = "inception", 6, 12, "stub"
+    kind, dim, classes, hash, resize = "inception", 6, 12, "stub", "torch"
 
     def forward(self, images):
         x = images.expand(-1, 3, -1, -1).float() / 255
@@ -138,7 +141,7 @@ def test_statistics_are_those_of_numpy():
     x = np.random.RandomState(3).randn(103, 17).astype(np.float32) + 5
     stats = fid.Statistics(103, 17, 17)
     for i in range(0, 103, 10):
-        stats.add(torch.from_numpy(x[i:i + 10]), torch.from_numpy(x[i:i + 10]))
+        stats.add(torch.from_numpy(x[i:i + 10]), torch.from_numpy(x[i:i + 10]), i)
     for found, expected in zip(stats.gaussian(), moments(x.astype(np.float64))):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
@@ -146,8 +149,8 @@ def test_statistics_are_those_of_numpy():
 def test_inception_score_is_that_of_a_plain_loop():
     logits = 3 * np.random.RandomState(4).randn(57, 11)
     stats = fid.Statistics(57, 11, 11)
-    for i in range(0, 57, 8):
-        stats.add(torch.from_numpy(logits[i:i + 8]), torch.from_numpy(logits[i:i + 8]))
+    for i in reversed(range(0, 57, 8)):                 # the part of an image goes by its index, not by its turn
+        stats.add(torch.from_numpy(logits[i:i + 8]), torch.from_numpy(logits[i:i + 8]), i)
     shuffled, scores = logits[np.random.RandomState(2020).permutation(57)], []
     for k in range(10):
         part = shuffled[k * 57 // 10:(k + 1) * 57 // 10]
@@ -185,11 +188,12 @@ def test_inception_computes_what_pytorch_fid_computes(inception):
 
 def test_command_with_inception(inception_file, capsys):
     a, b = glyphs(12), glyphs(14, seed=8)
-    result = run(folder("a", a), folder("b", b), "--inception", inception_file, "--save_stats", "a.npz")
+    result = run(folder("a", a), folder("b", b), "--inception", inception_file)
     out, err = capsys.readouterr()
     assert result["score"] == "FID-12" and out.startswith(f"FID-12 {result['value']:.4f}   Inception Score 1.")
     assert out.count("\n") == 2 and fid.digest([inception_file.read_bytes()]) in out
     assert err.count("WARNING") == 2 and "2048" in err
+    run("--save-stats", folder("c", a[:2]), "a.npz", "--inception", inception_file)
     with np.load("a.npz") as file:                      # pytorch-fid reads these two
         assert file["mu"].shape == (2048,) and file["sigma"].shape == (2048, 2048)
         np.testing.assert_allclose(np.trace(file["sigma"]), file["sigma"].diagonal().sum())
@@ -259,15 +263,16 @@ def test_grey_and_mixed_sizes(stub):
     for i, (mode, size) in enumerate([("L", (5, 7)), ("RGB", (9, 9)), ("RGB", (9, 9)), ("1", (5, 7)), ("P", (3, 4))]):
         Image.effect_noise(size, 90).convert(mode).save(f"a/{i}.png")
     Path("a/notes.txt").write_text("no image")
-    side = fid.open_folder(Path("a"))
-    shapes = [tuple(x.shape) for x in side.batches(4)]
-    assert side.n == 5 and shapes == [(1, 3, 7, 5), (2, 3, 9, 9), (1, 3, 7, 5), (1, 3, 4, 3)]
+    side = fid.open_folder(Path("a"), 2)
+    shapes = [(i, *x.shape) for i, x in side.batches(4)]
+    assert side.n == 5 and shapes == [(0, 1, 3, 7, 5), (1, 2, 3, 9, 9), (3, 1, 3, 7, 5), (4, 1, 3, 4, 3)]
     assert run("a", folder("b", glyphs(20)))["A"]["n"] == 5
 
 
 def test_stats_round_trip_and_cache(stub, monkeypatch):
     a, b = folder("a", glyphs(30)), folder("b", glyphs(41, seed=8))
-    first = run(a, b, "--save_stats", "a.npz", "--data_dir", "cache")
+    first = run(a, b, "--data_dir", "cache")
+    run("--save_stats", a, "a.npz", "--data-dir", "cache")
     again = run(a, b, "--data_dir", "cache", "--batch", 7)
     assert again["B"]["cached"] and not first["B"]["cached"]
     assert first["value"] == pytest.approx(again["value"], rel=1e-9)
@@ -311,6 +316,178 @@ def test_checkpoint_of_a_folder(stub, monkeypatch, photos, capsys):
     assert result["A"]["nfe"] == round(net.nfe, 1) > 7 and f"{result['A']['nfe']:g} NFE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("target", ["drawn", "drawn.npz"])
+def test_save(stub, capsys, target):
+    """What is kept is what was measured, and it can be read again."""
+    path = checkpoint()
+    result = run(path, "--images", 70, "--seed", 3, "--nfe", 1, "--save", target)
+    cfg, net = uvit_sc.load_checkpoint(path)
+    cfg.nfe = 1
+    images = uvit_sc.sample(net, cfg, range(3, 73)).permute(0, 2, 3, 1).numpy()
+    if target.endswith(".npz"):
+        with np.load(target, allow_pickle=False) as file:
+            assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+            np.testing.assert_array_equal(file["arr_0"], images)
+    else:
+        files = sorted(Path(target).iterdir())
+        assert [f.name for f in files] == [f"{seed:06d}.png" for seed in range(3, 73)]
+        np.testing.assert_array_equal([np.array(Image.open(f)) for f in files], images)
+    assert run(target, "glyphs")["value"] == pytest.approx(result["value"], rel=1e-9) and not [*Path().glob(".*.part")]
+    capsys.readouterr()
+    assert "exists" in error(capsys, path, "--save", target)
+
+
+@pytest.mark.parametrize("target", ["a", "a.npz"])
+def test_save_that_fails_leaves_nothing(stub, monkeypatch, capsys, target):
+    def fails(self, *args):
+        raise fid.UserError("no more")
+
+    monkeypatch.setattr(fid.Statistics, "add", fails)
+    assert "no more" in error(capsys, checkpoint(), "--n", 4, "--nfe", 1, "--save", target)
+    assert sorted(p.name for p in Path().iterdir() if p.name != "data") == ["last.pt"]
+
+
+def test_saved_images_sort_by_seed():
+    """IS and hash go by the order of names, also where seeds have more digits than usual."""
+    seeds = range(999_998, 1_000_002)
+    with fid.image_writer("a", seeds, 2) as write:
+        write(0, torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 1, 2, 2))
+    images = next(iter(fid.open_folder(Path("a"), 1).batches(4)))[1]
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3] and images.shape == (4, 3, 2, 2)
+
+
+def test_in_the_place_of_pytorch_fid(stub, monkeypatch, capsys):
+    workers = []
+    monkeypatch.setattr(fid, "ThreadPoolExecutor", lambda n: workers.append(n) or concurrent.futures.ThreadPoolExecutor(n))
+    a, b = folder("a", glyphs(20)), folder("b", glyphs(14, seed=8))
+    words = "--batch-size", 5, "--num-workers", 3, "--device", "cpu", "--dims", 2048
+    result = run(a, b, *words)
+    assert workers == [3, 3] and result == dict(run(a, b, "--batch", 5), seconds=result["seconds"], B=result["B"])
+    capsys.readouterr()
+    saved = run("--save-stats", a, "a.npz", *words)
+    assert "score" not in saved and "B" not in saved and "a.npz: mean and covariance" in capsys.readouterr().out
+    before = Path("a.npz").read_bytes()
+    assert "exists" in error(capsys, "--save-stats", b, "a.npz") and Path("a.npz").read_bytes() == before
+    assert run("a.npz", b)["value"] == result["value"]
+
+
+def test_npz_is_read_in_pieces():
+    images = glyphs(23).transpose(0, 2, 3, 1)
+    np.savez("a.npz", images)
+    np.savez_compressed("b.npz", images)
+    for name in ("a.npz", "b.npz"):
+        side = fid.open_npz(Path(name))
+        pieces = {i: x.permute(0, 2, 3, 1).numpy() for i, x in side.batches(7)}
+        assert [*pieces] == [0, 7, 14, 21] and side.n == 23
+        np.testing.assert_array_equal(np.concatenate([*pieces.values()]), images)
+        assert side.hash == fid.digest([str(images.shape).encode(), np.ascontiguousarray(images)])
+    Path("cut.npz").write_bytes(Path("a.npz").read_bytes()[:-300])
+    with pytest.raises(fid.UserError, match="cut.npz"):
+        fid.open_npz(Path("cut.npz"))
+
+
+# ---- TensorFlow's resize ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width, size", [(5, 7, 9), (8, 8, 3), (4, 6, 6)])
+def test_resize_tensorflow_is_a_plain_loop(height, width, size):
+    x = np.random.RandomState(0).randint(0, 256, (2, 3, height, width))
+    expected = np.empty((2, 3, size, size))
+    for i in range(size):
+        for j in range(size):
+            y, z = i * height / size, j * width / size
+            (y0, dy), (z0, dz) = ((int(v), v - int(v)) for v in (y, z))
+            y1, z1 = min(y0 + 1, height - 1), min(z0 + 1, width - 1)
+            top, bottom = (x[..., k, z0] * (1 - dz) + x[..., k, z1] * dz for k in (y0, y1))
+            expected[..., i, j] = top * (1 - dy) + bottom * dy
+    found = fid.resize_tensorflow(torch.from_numpy(x).float(), size)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
+
+
+def test_resize_reaches_the_network(inception, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(self, x):
+        raise Seen(x)
+
+    monkeypatch.setattr(fid.Unit, "forward", look)
+    image, inputs = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), {}
+    for resize in ("torch", "tensorflow"):
+        monkeypatch.setattr(inception, "resize", resize, raising=False)
+        with pytest.raises(Seen) as seen:
+            inception(image)
+        inputs[resize] = seen.value.args[0]
+    torch.testing.assert_close(inputs["tensorflow"], (fid.resize_tensorflow(image.expand(1, 3, 16, 16).float()) - 128) / 128)
+    assert inputs["torch"].shape == (1, 3, 299, 299) and (inputs["torch"] - inputs["tensorflow"]).abs().max() > 0.05
+
+
+def test_resize_and_statistics(stub, capsys):
+    """Each resize has its own cache, and statistics for one are not compared with images for the other."""
+    a, b = folder("a", glyphs(12)), folder("b", glyphs(12, seed=8))
+    assert not run(a, b)["B"]["cached"]
+    one, two = (run(a, b, "--resize", "tensorflow") for _ in range(2))
+    assert not one["B"]["cached"] and two["B"]["cached"] and one["resize"] == "tensorflow" and run(a, b)["resize"] == "torch"
+    out = capsys.readouterr().out
+    assert "stub, resize tensorflow;" in out and "stub, resize torch;" in out and len([*Path("data").glob("*.npz")]) == 2
+    run("--save-stats", a, "a.npz", "--resize", "tensorflow")
+    capsys.readouterr()
+    assert "--resize tensorflow" in error(capsys, b, "a.npz")
+    np.savez("adm.npz", mu=np.zeros(6), sigma=np.eye(6), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    assert "--resize tensorflow" in error(capsys, b, "adm.npz") and run(b, "adm.npz", "--resize", "tensorflow")["value"] > 0
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("n, batch", [(13, 4), (3, 8), (16, 4)])
+def test_processes_share_each_image_once(monkeypatch, world, n, batch):
+    images = glyphs(n)
+    np.savez("a.npz", images.transpose(0, 2, 3, 1))
+    folder("a", images)
+    monkeypatch.setattr(fid, "WORLD", world)
+    for side in (fid.open_npz(Path("a.npz")), fid.open_folder(Path("a"), 1)):
+        seen = {}
+        for rank in range(world):
+            monkeypatch.setattr(fid, "RANK", rank)
+            for start, part in side.batches(batch):
+                for i, image in enumerate(part.numpy(), start):
+                    assert i not in seen and i // batch % world == rank
+                    seen[i] = image
+        assert len(seen) == n and all((seen[i] == images[i]).all() for i in seen)
+        monkeypatch.setattr(fid, "RANK", 0)
+
+
+def test_two_processes_give_the_numbers_of_one(cifar, monkeypatch):
+    """133 samples: 64 for each process, then 5 for the first and none for the second."""
+    monkeypatch.setattr(uvit_sc, "load_data", LOAD_DATA)
+    monkeypatch.setitem(fid.DETECTOR, "steps", STEPS)   # the name of its file tells the steps, and there are none here
+    monkeypatch.setattr(fid, "train_detector", lambda images, labels: fid.TinyDetector(32, 20).eval())
+    torch.manual_seed(0)
+    net = uvit_sc.build_net(uvit_sc.make_config(**{**SMALL, "data_dir": str(cifar), "nfe": 1}))
+    uvit_sc.write_checkpoint(Path("a.pt"), script="uvit_sc", config=dict(vars(net.cfg)), step=1, ema=net.state_dict())
+    words = "a.pt", "--detector", "tiny", "--images", 133, "--batch", 8, "--device", "cpu", "--save"
+    one = run(*words, "1.npz")
+    for cache in cifar.glob("stats-*"):
+        cache.unlink()
+    status, out, err = finish(launch("fid", [*words, "2.npz", "--json", "2.json"], 2))
+    two = json.loads(Path("2.json").read_text())
+    assert status == 0 and out.count("FD-tiny") == 2 and out.count("protocol") == 1 and two["processes"] == 2, err
+    assert [two[k] for k in ("value", "floor")] == pytest.approx([one[k] for k in ("value", "floor")], rel=1e-6)
+    assert (two["A"], two["B"]) == (one["A"], one["B"]) and Path("1.npz").stat().st_size == Path("2.npz").stat().st_size
+    assert (np.load("1.npz")["arr_0"] == np.load("2.npz")["arr_0"]).all()
+
+
+def test_fault_of_one_process_ends_all(cifar):
+    """The second process alone meets the damaged image."""
+    folder("a", np.zeros((8, 3, 32, 32), np.uint8))
+    Path("a/0005.png").write_bytes(b"no image")
+    words = "a", "cifar100", "--detector", "tiny", "--batch", 4, "--device", "cpu", "--data_dir", cifar
+    status, out, err = finish(launch("fid", words, 2))
+    assert status and out == "" and err.count("fid: ") == 1 and "a/0005.png cannot be read" in err and "exitcode  : 2" in err
+    status, out, err = finish(launch("fid", [*words, "--nonsense", 1], 2))      # and what all find, one of them tells
+    assert status and out == "" and err.count("fid: ") == 1 and "--nonsense" in err and "exitcode  : 2" in err
+
+
 def test_tiny_detector_repeats_itself():
     images, labels = uvit_sc.load_data(None, True)
     state = torch.random.get_rng_state()
@@ -347,7 +524,13 @@ def test_errors(stub, capsys):
             ("wide.npz", a): "2048 features", ("text.npz", a): "text.npz", ("text.pt", a): "text.pt",
             ("evil.pt",): "of fid", (a,): "with what", (a, "glyphs", "--n", "5"): "--n", (): "required",
             (a, a, "--detector", "tiny"): "data set", (a, a, "--batch", "0"): "--batch",
-            (a, a, "--unknown"): "--unknown", ("good.pt", "--nfe", "0"): "nfe", (a, a, "--save_stats", "x"): ".npz",
+            (a, a, "--unknown"): "--unknown", ("good.pt", "--nfe", "0"): "nfe", (a, "x", "--save_stats"): ".npz",
+            (a, "wide.npz", "--save-stats"): "exists", (a, a, "--save", "x"): "--save", (a, "--save-stats"): ".npz",
+            (a, a, "--device", "cuda:99"): "--device cuda:99", (a, a, "--device", "gpu"): "--device gpu",
+            (a, a, "--dims", "192"): "--dims",
+            ("good.pt", "--save", a): "not empty", ("good.pt", "--save", "wide.npz"): "exists",
+            ("good.pt", "--save", "no/x"): "no such folder", (a, a, "--num-workers", "-1"): "--num_workers",
+            (a, "glyphs", "--detector", "tiny", "--resize", "torch"): "--resize",
             (a, a, "--json", "no/x"): "no such folder",
             ("good.pt", "--n", "1"): "at least 2", (a, a, "--detector", "big"): "tiny"}.items():
         assert part in error(capsys, *words), words
