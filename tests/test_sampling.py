@@ -30,19 +30,20 @@ def test_images_do_not_depend_on_the_batch(script, net):
     assert torch.equal(script.sample(net, net.cfg, seeds[::-1]), images.flip(0))
 
 
-def test_images_do_not_depend_on_the_processes(script, net, tmp_path):
+def test_images_do_not_depend_on_the_processes(script, net, tmp_path, capsys):
     """13 images by one process and by two: the same PNG, pixel by pixel."""
     import dataclasses
-    grids = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        script.write_checkpoint(folder / "net.pt", script=script.SCRIPT, config=dataclasses.asdict(net.cfg), step=0, ema=net.state_dict())
-        grids.append(launch(script.SCRIPT, ["--sample", folder / "net.pt", "--images", 13, "--seed", 5, "--device", "cpu"], processes))
-    for processes, process in enumerate(grids, 1):
-        status, out, err = finish(process)
-        assert status == 0, err[-2000:]
-        assert re.search(r"net_seeds5-17.png: 13 images from the ema weights", out)
+    for processes in ("1", "2"):
+        (tmp_path / processes).mkdir()
+        script.write_checkpoint(tmp_path / processes / "net.pt", script=script.SCRIPT, config=dataclasses.asdict(net.cfg),
+                                step=0, ema=net.state_dict())
+    arguments = ["net.pt", "--images", "13", "--seed", "5", "--device", "cpu"]
+    two = launch(script.SCRIPT, ["--sample", tmp_path / "2" / arguments[0], *arguments[1:]], 2)
+    script.main(["--sample", str(tmp_path / "1" / arguments[0]), *arguments[1:]])
+    status, out, err = finish(two)
+    assert status == 0, err[-2000:]
+    for text in (out, capsys.readouterr().out):
+        assert re.search(r"net_seeds5-17.png: 13 images from the ema weights", text)
     one, two = (Image.open(tmp_path / str(processes) / "net_seeds5-17.png") for processes in (1, 2))
     assert one.size == (10 * 66, 2 * 66) and one.tobytes() == two.tobytes()
 
