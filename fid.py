@@ -732,7 +732,7 @@ def parse_command_line(argv):
     args.resize = args.resize or "torch"
     if args.save_stats:
         if not str(args.B).endswith(".npz"):
-            fail(f"--save_stats {args.A} {args.B}: the second must be a new file whose name ends in .npz")
+            fail(f"--save_stats {args.A} {args.B or ''}: name a new file, ending in .npz, behind {args.A}")
         if Path(args.B).exists():
             fail(f"--save_stats: {args.B} exists already")
     if args.save:
@@ -784,6 +784,9 @@ def main(argv=None):
         agreed(lambda: report(result) if RANK == 0 else None)
     except (UserError, OSError, *(sys.modules[s].UserError for s in SCRIPTS if s in sys.modules)) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("fid: interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -99,11 +99,8 @@ def fit(get, rows, labels, classes, args):
     bound = 1 / math.sqrt(D)        # the default of nn.Linear
     start = [(torch.rand(*shape, generator=gen) * 2 - 1) * bound for shape in ((1, D, classes), (1, 1, classes))]
     W, b = (v.repeat(cells, 1, 1).to(device).requires_grad_() for v in start)   # cells start alike, on any process
-    optimizer = torch.optim.Adam([W, b], lr=args.lr, fused=bool(cells))
+    optimizer = torch.optim.Adam([W, b], lr=args.lr, fused=True)
     for epoch in range(args.epochs):
-        if not cells:               # fewer layers than processes: this one helps with the features alone
-            get(epoch, rows[:1])
-            continue
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
         for some in rows[torch.randperm(len(rows), generator=gen)].split(args.batch):
             x, y = get(epoch, some).to(device).float(), labels[some].to(device)
@@ -137,7 +134,7 @@ def neighbours(train, train_labels, test, test_labels, classes, device, k=20, T=
 
 def alignment_uniformity(a, b):
     """Of features of two draws of the same images, (n, D), on the unit sphere: the mean squared distance of pairs, and
-    log E exp(-2 d^2) over the distances d of all images; lower is better for both (Wang & Isola 2020, Eq. 5 and 6)."""
+    log E exp(-2 d^2) over the distances d of all images; lower is better for both (Wang & Isola 2020, Sec. 4.1)."""
     a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
     return (a - b).square().sum(1).mean().item(), torch.pdist(a).square().mul(-2).exp().mean().log().item()
 
@@ -150,7 +147,8 @@ def probe(module, cfg, net, args):
         images, labels = module.load_data(cfg, train=True)
     names, classes, N = list(args.layers), int(labels.max()) + 1, len(labels)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(args.seed))
-    held, rest, everyone = order[:N // 10], order[N // 10:].sort()[0], torch.arange(N)
+    tenth, everyone = max(1, N // 10), torch.arange(N)
+    held, rest = order[:tenth], order[tenth:].sort()[0]
     draws = lambda t, layers, share: cached(
         lambda k: extract(module, net, images, t, layers, args.seed, k, cfg.flip, share), args)
     using = lambda draw, cell=slice(None): lambda epoch, rows: draw(epoch % args.draws)[cell, rows]
@@ -185,8 +183,9 @@ def probe(module, cfg, net, args):
     return dict(accuracy=accuracy(head, lambda _, rows: test[None, rows], all_test, test_labels)[0],
                 raw_pixels=accuracy(raw, flat(test_images), all_test, test_labels)[0] if raw else None,
                 knn=neighbours(train, labels, test, test_labels, classes, args.device), alignment=align,
-                uniformity=uniform, t=t, layer=layer, held_out=held_out, times=args.times, layers=names,
-                held_out_accuracy=table, train_images=N, held_out_images=len(held), test_images=len(test_labels))
+                uniformity=uniform, t=t, layer=layer, held_out=held_out if args.choose else None, times=args.times,
+                layers=names, held_out_accuracy=table if args.choose else None, train_images=N,
+                held_out_images=len(held), test_images=len(test_labels))
 
 
 def everywhere(value):
@@ -379,16 +378,22 @@ def main(argv=None):
             module, cfg, net, step = load(path, args)
             here = settle(module, cfg, args)
             result = probe(module, cfg, net.to(here.device), here)
-        except ValueError as error:
-            if type(error).__name__ != "UserError":     # the scripts' own; each has its class
+        except (ValueError, OSError) as error:
+            if type(error).__name__ != "UserError" and not isinstance(error, OSError):      # each script has its class
                 raise
             fail(error)
+        except KeyboardInterrupt:
+            print("probe: interrupted; nothing is written before the end", file=sys.stderr)
+            sys.exit(130)
         results.append(result | dict(
             checkpoint=str(path or args.init), script=module.SCRIPT, step=step, weights=args.weights,
             dataset=cfg.dataset, self_cond=cfg.self_cond, draws=here.draws, epochs=here.epochs, batch=here.batch,
             lr=here.lr, seed=args.seed, amp=args.amp, processes=WORLD, seconds=round(time.time() - began, 1)))
-    if RANK == 0:
-        report(results, Path(args.out or Path(args.checkpoints[-1] if args.checkpoints else args.init).parent))
+    try:
+        if RANK == 0:
+            report(results, Path(args.out or Path(args.checkpoints[-1] if args.checkpoints else args.init).parent))
+    except OSError as error:
+        fail(f"--out: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

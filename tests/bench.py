@@ -55,13 +55,15 @@ def main():
     parser.add_argument("--scripts", nargs="+", default=["edm_sc", "uvit_sc"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--extras", nargs="*", choices=[*VARIANTS][2:], default=[*VARIANTS][2:], help="beside baseline and "
+                        "self-conditioning (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     for name in args.scripts:
         script = importlib.import_module(name)
         dataset = "cifar10" if "cifar10" in script.RECIPES else "imagenet100"
         steps = {label: make_step(script, script.make_config(dataset, batch=args.batch, **fields), torch.device(args.device))
-                 for label, fields in VARIANTS.items()}
+                 for label, fields in VARIANTS.items() if label in ("baseline", "self-conditioning", *args.extras)}
         times = {label: [] for label in steps}
         for n in range(args.rounds + 1):        # the first round warms up
             turn = n % len(steps)               # whoever comes first finds another state of the allocator
@@ -70,9 +72,10 @@ def main():
         print(f"{name}, {args.batch} images, {args.device}, {torch.get_num_threads()} threads, median of {args.rounds} rounds")
         for label, rows in times.items():
             reference = times["baseline" if label == "self-conditioning" else "self-conditioning"]
-            ratio = statistics.median(row[0] / base[0] for row, base in zip(rows[1:], reference[1:]))
+            ratios = [row[0] / base[0] for row, base in zip(rows[1:], reference[1:])]
+            low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             seconds, views = (statistics.median(column) for column in zip(*rows[1:]))
-            print(f"  {label:18} {seconds:7.3f} s a step   {ratio:5.3f} x {'baseline' if reference is times['baseline'] else 'self-conditioning'}"
+            print(f"  {label:18} {seconds:7.3f} s a step   {ratio:5.3f} ({low:.3f} to {high:.3f}) x {'baseline' if reference is times['baseline'] else 'self-conditioning'}"
                   f"   views {100 * views / seconds:4.1f} % of the step", flush=True)
 
 

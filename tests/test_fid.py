@@ -339,12 +339,23 @@ def test_save(stub, capsys, target):
 
 @pytest.mark.parametrize("target", ["a", "a.npz"])
 def test_save_that_fails_leaves_nothing(stub, monkeypatch, capsys, target):
-    def fails(self, *args):
+    def fails(self, *args, add=fid.Statistics.add):
+        if self.n == 300:       # the reference comes first
+            return add(self, *args)
+        assert [*Path().glob(".*.part")]
         raise fid.UserError("no more")
 
     monkeypatch.setattr(fid.Statistics, "add", fails)
     assert "no more" in error(capsys, checkpoint(), "--n", 4, "--nfe", 1, "--save", target)
     assert sorted(p.name for p in Path().iterdir() if p.name != "data") == ["last.pt"]
+
+
+def test_score_does_not_depend_on_the_batch(stub):
+    """Images that arrive in chunks larger than the batch keep their places in the parts of the Inception Score."""
+    path, scores = checkpoint(), []
+    for batch in (7, 64):
+        scores.append(run(path, "--n", 70, "--nfe", 1, "--batch", batch)["inception_score"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9) and scores[0][1] > 0
 
 
 def test_saved_images_sort_by_seed():
@@ -544,3 +555,13 @@ def test_errors_of_weights(capsys, tmp_path):
         assert file in error(capsys, a, a, "--inception", file)
     np.savez("a.npz", np.zeros((70, 8, 8, 3), np.uint8))
     assert "16 x 16" in error(capsys, "a.npz", "glyphs", "--detector", "tiny")
+
+
+def test_interrupted(stub, monkeypatch, capsys):
+    """Ctrl-C while images are measured: one line, no half file."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Stub, "forward", interrupt)
+    with pytest.raises(SystemExit) as end:
+        fid.main([checkpoint(), "--n", "20", "--nfe", "2", "--save", "s.npz", "--device", "cpu"])
+    assert end.value.code == 130 and capsys.readouterr().err.endswith("fid: interrupted\n") and not list(Path().glob("*s.npz*"))

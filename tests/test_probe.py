@@ -157,11 +157,12 @@ def test_bad_input(run, arguments, says, capsys, tmp_path, monkeypatch):
 
 
 def test_two_processes_find_what_one_finds(run, tmp_path):
-    """Three layers for two processes, with draws kept (2 of 4 epochs) and used once (4 of 4): the same table and accuracy."""
-    for draws in (2, 4):
+    """Three layers for two processes with draws kept (2 of 4 epochs), and one layer, so that a process has no head, with
+    draws used once (4 of 4): the same table and accuracy."""
+    for draws, where in ((2, ["--layers", "out_1", "token_1", "cls_2"]), (4, ["--layers", "out_1", "--times", 1, 11])):
         for processes in (1, 2):
             out = tmp_path / f"{draws}-{processes}"
-            arguments = [run / "last.pt", "--layers", "out_1", "token_1", "cls_2", "--draws", draws, "--epochs", 4, "--device", "cpu", "--out", out]
+            arguments = [run / "last.pt", *where, "--draws", draws, "--epochs", 4, "--device", "cpu", "--out", out]
             if processes == 1:
                 probe.main([*map(str, arguments)])
                 continue
@@ -182,6 +183,15 @@ def test_several_checkpoints(run, tmp_path, capsys):
     assert (tmp_path / "layers.png").stat().st_size > 500 and "highest on the test set" in capsys.readouterr().out
 
 
+def test_the_best_is_chosen_on_held_out_images(run, tmp_path, capsys):
+    probe.main([str(run / "last.pt"), "--epochs", "1", "--device", "cpu"])
+    result = json.loads((run / "probe.json").read_text())
+    pair = [result | dict(checkpoint=name, held_out=held, accuracy=test) for name, held, test in (("x/a.pt", 60.0, 50.0), ("x/b.pt", 50.0, 70.0))]
+    probe.report(pair, tmp_path)
+    many = json.loads((tmp_path / "probe.json").read_text())
+    assert many["chosen"] == "x/a.pt" and many["highest"] == 70 and "test accuracy 50.00 %" in capsys.readouterr().out
+
+
 def test_weights_of_others(run, tmp_path, cifar, capsys):
     """--script and --init: a bare state_dict gives what the checkpoint gives, and says that all of it fits."""
     cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
@@ -193,6 +203,36 @@ def test_weights_of_others(run, tmp_path, cifar, capsys):
     one, two = (json.loads((folder / "probe.json").read_text()) for folder in (run, tmp_path))
     assert one["accuracy"] == two["accuracy"] and one["held_out_accuracy"] == two["held_out_accuracy"]
     assert f"all {len(net.state_dict())} tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault, status, says", [
+    (KeyboardInterrupt(), 130, "probe: interrupted"), (OSError("disk full"), 2, "probe: disk full")])
+def test_what_ends_a_probe_is_one_line(run, monkeypatch, capsys, fault, status, says):
+    def stop(*args, **kwargs):
+        raise fault
+    monkeypatch.setattr(probe, "extract", stop)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        probe.main([str(run / "last.pt"), "--device", "cpu"])
+    err = "".join(line for line in capsys.readouterr().err.splitlines(True) if not line.startswith("note: "))
+    assert caught.value.code == status and err.count("\n") == 1 and err.startswith(says) and not (run / "probe.json").exists()
+
+
+def test_out_that_is_a_file(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        probe.main([str(run / "last.pt"), "--layers", "out_1", "--epochs", "1", "--no-raw", "--device", "cpu", "--out", str(tmp_path / "file")])
+    assert caught.value.code == 2 and "probe: --out: " in capsys.readouterr().err
+
+
+def test_few_images(run, monkeypatch):
+    """Nine images, of which one is held out; what was not chosen on held-out images is null in valid JSON."""
+    true_load = uvit_sc.load_data
+    monkeypatch.setattr(uvit_sc, "load_data", lambda cfg, train: tuple(v[:9] for v in true_load(cfg, train)))
+    probe.main([str(run / "last.pt"), "--epochs", "1", "--device", "cpu"])
+    assert json.loads((run / "probe.json").read_text())["held_out_images"] == 1
+    probe.main([str(run / "last.pt"), "--layers", "out_1", "--epochs", "1", "--device", "cpu"])
+    assert "NaN" not in (run / "probe.json").read_text() and json.loads((run / "probe.json").read_text())["held_out"] is None
 
 
 def test_neighbours_and_spread():

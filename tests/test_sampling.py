@@ -30,6 +30,17 @@ def test_images_do_not_depend_on_the_batch(script, net):
     assert torch.equal(script.sample(net, net.cfg, seeds[::-1]), images.flip(0))
 
 
+def test_the_net_always_sees_the_same_number_of_rows(script, net):
+    """For another number, kernels are chosen that round differently. (Guidance of DiT doubles them, for some times.)"""
+    sizes, forward = set(), net.forward
+    net.forward = lambda x, *args, **kwargs: (sizes.add(len(x)), forward(x, *args, **kwargs))[1]
+    script.sample(net, net.cfg, range(16))
+    full = set(sizes)
+    for n in (1, 7, 19):
+        script.sample(net, net.cfg, range(n))
+    assert sizes == full
+
+
 def test_images_do_not_depend_on_the_processes(script, net, tmp_path, capsys):
     """13 images by one process and by two: the same PNG, pixel by pixel."""
     import dataclasses
