@@ -20,8 +20,8 @@ Expect    Table 6 (ImageNet, 90 epochs, baseline in brackets): unconditional FID
           (29.69, 63.25 %); conditional FID 15.30, 62.46 % (16.01, 62.03 %), 6.11 with guidance (6.10).
           README.md: what two CPU cores reach.
 """
-import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, functools, hashlib
-import fcntl, http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request
+import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, hashlib
+import http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -552,10 +552,10 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-def rotate(x, cos, sin):
-    """RoPE: turns each pair of neighbouring channels of x (B, heads, N, d) by the angle of its position, (N, d)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+def rotate(x, turn):
+    """RoPE: each pair of neighbouring channels of x (B, heads, N, d) is a complex number, and turned by the angle of its
+    position: turn (N, d/2) = exp(i angle)."""
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 class DiTAttention(nn.Module):
@@ -565,10 +565,10 @@ class DiTAttention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, turn):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, heads, N, D/heads)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k = rotate(q, turn).to(v.dtype), rotate(k, turn).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
         return self.dropout(self.proj(x))
 
@@ -596,9 +596,9 @@ class DiTBlock(nn.Module):
         self.mlp = SwiGLU(D, int(2 / 3 * 4 * D), dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
-    def forward(self, x, c, cos, sin):
+    def forward(self, x, c, turn):
         m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                      # each (B, 1, D)
-        x = x + m[2] * self.attn(self.norm1(x) * (1 + m[1]) + m[0], cos, sin)
+        x = x + m[2] * self.attn(self.norm1(x) * (1 + m[1]) + m[0], turn)
         return x + m[5] * self.mlp(self.norm2(x) * (1 + m[4]) + m[3])
 
 
@@ -708,9 +708,10 @@ class DiT(nn.Module):
         if shift is not None:
             c = c + self.aug_emb(shift)
         h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed     # (B, N, D)
+        turn = torch.complex(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)[:, ::2]        # one angle for each pair
         feats = {}
         for k, block in enumerate(self.blocks, 1):
-            h = block(h, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+            h = block(h, c, turn)
             if last or tap and f"block_{k}" == self.tap:
                 feats[f"block_{k}"] = h.float().mean(dim=1)                         # (B, D)
             if place is not None:
@@ -1046,15 +1047,27 @@ def update_ema(ema, net, rate, n):
 
 def write_checkpoint(path, **contents):
     """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not all_finite(contents):
+        raise UserError(f"numbers that are not finite at step {contents['step']}: {path.parent} is left as last saved")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
+        raise UserError(f"{path} cannot be written ({error.__context__ or error}); is the disk full?")
     finally:
         part.unlink(missing_ok=True)
+
+
+def all_finite(value):
+    """Whether all numbers are finite, of tensors in dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(all_finite, parts))
 
 
 def read_checkpoint(path):
@@ -1062,9 +1075,13 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
     try:
+        if zipfile.is_zipfile(path):        # torch.load reads over wrong checksums of weights
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a damaged file makes torch.load stumble in many ways
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+        raise UserError(f"{path} is damaged or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})")
 
 
 def save_grid(images, path, columns=10):
@@ -1100,18 +1117,51 @@ def save_loss_plot(log, path):
 FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
 
 
+def lock(file):
+    """Makes an open file this process's own, until it is closed, by whatever end of the process. Two runs in one folder
+    would mix their states."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{file.name} is being written by another run; wait for its end, or choose another --out")
+    except OSError:     # some network file systems have no locks
+        pass
+
+
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"script", "config", "step", *parts} <= state.keys() or not (
+            isinstance(state["step"], int) and isinstance(state["config"], dict)):
+        raise UserError(f"{path} is no state of a run; move it away to start anew")
+    if not all_finite(state):
+        raise UserError(f"{path} has numbers that are not finite; move it away to start anew")
     there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
     free = {*FREE} - ({"accum"} if cfg.cl else set())
     other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in free and there.get(k) != here[k]]
     if other:
         raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
-    for name, part in parts.items():
-        if state[name]:         # a loss scaler that was off has no state
-            part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            if state[name] or name != "scaler":         # a loss scaler that was off has no state
+                part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:300]})")
     return state["step"]
+
+
+def read_log(path, step):
+    """The lines of a log up to a step, and how many bytes they take: what comes later is done again."""
+    log, size = [], 0
+    for line in open(path, "rb") if path.exists() else []:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError):        # a crash of the machine may leave anything
+            break
+        log.append(json.loads(line))
+        size += len(line)
+    return log, size
 
 
 def train(cfg):
@@ -1145,12 +1195,8 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
     parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
                  scaler=scaler)
-    step, log = 0, []
-    if (out / "last.pt").exists():
-        step = restore(out / "last.pt", cfg, parts)
-        old = out / "log.jsonl"
-        log = [json.loads(line) for line in old.read_text().splitlines() if line.endswith("}")] if old.exists() else []
-        log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
+    step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
+    log, size = read_log(out / "log.jsonl", step)
     if cfg.compile:
         learner.net.compile()
     model = learner
@@ -1159,11 +1205,12 @@ def train(cfg):
                                                     broadcast_buffers=False)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
+        journal = open(out / "log.jsonl", "a")
+        lock(journal)       # until this process ends, whatever ends it
+        journal.truncate(size)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        size = sum(p.numel() for p in learner.net.parameters())
-        print(f"{out}: {N} images, {size:,} parameters, {total} steps of {cfg.batch} images, {WORLD} x {device.type}, "
-              f"{context.fast_dtype}", flush=True)
+        print(f"{out}: {N} images, {sum(p.numel() for p in learner.net.parameters()):,} parameters, {total} steps of "
+              f"{cfg.batch} images, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
         if step:
             print(f"resumed at step {step}", flush=True)
 
@@ -1238,8 +1285,8 @@ def train(cfg):
                 line["contrast"] = contrast / count if count else None
             log.append(line)
             if RANK == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
                 bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
             if bad >= 10:
                 raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
@@ -1262,6 +1309,8 @@ def train(cfg):
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
     bar.close()
+    if RANK == 0:
+        journal.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return leave if step < total else 0
@@ -1291,6 +1340,9 @@ def make_config(dataset="glyphs", **overrides):
     data += [cfg.backbone] if "backbone" in overrides else []
     data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
+    for f in dataclasses.fields(Config):
+        if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
+            raise UserError(f"--{f.name} {getattr(cfg, f.name)!r}: must be of type {f.type.__name__}")
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
@@ -1330,9 +1382,12 @@ def load_weights(net, path, weights="ema"):
 def load_checkpoint(path, weights="ema"):
     """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", weights} <= state.keys():
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
-    cfg = make_config(**state["config"])
+    try:
+        cfg = make_config(**state["config"])
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} has settings that are none ({error})")
     net = build_net(cfg)
     load_weights(net, path, weights)
     return cfg, net.eval()
@@ -1374,7 +1429,7 @@ def sample(net, cfg, seeds, progress=False):
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
     if LOCAL_RANK == 0:     # once on each machine: a download may fail on one alone
-        print(f"{SCRIPT}: {message}", file=sys.stderr)
+        tqdm.write(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)      # tqdm ends its bar's line first
     sys.exit(2)
 
 
@@ -1435,6 +1490,14 @@ def main(argv=None):
         return 128 + signal_number if signal_number else 0
     except (UserError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError:
+        fail("out of memory; a larger --accum or a smaller --batch needs less")
+    except RuntimeError as error:
+        if WORLD == 1 or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+            raise
+        print(f"{SCRIPT}: process {RANK} has lost another one, whose own words may say why; the same command goes on "
+              "from last.pt", file=sys.stderr, flush=True)
+        os._exit(1)     # threads of the process group would wait for the lost one
     except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
         print(f"{SCRIPT}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -18,8 +18,8 @@ Run       python uvit_sc.py                                                 # gl
 Expect    Table 2 (2000 epochs, 4 GPUs): CIFAR-10 FID 4.13, accuracy 94.30 % (baseline 4.48, 93.67 %);
           CIFAR-100 FID 7.14, accuracy 72.04 % (baseline 7.35, 70.66 %). README.md: what two CPU cores reach.
 """
-import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, functools, gzip, hashlib
-import http.client, inspect, json, math, os, re, shutil, signal, sys, tarfile, time, urllib.request, zipfile, zlib
+import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, gzip
+import hashlib, http.client, inspect, json, math, os, re, signal, sys, tarfile, time, urllib.request, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +148,7 @@ DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it
     "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
     "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
 }
+MOST = 2**28    # bytes that any of these has, packed or unpacked: a server or an archive that goes on for ever ends there
 IMAGENET100 = """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
@@ -175,12 +176,13 @@ def fetch(name, folder):
             print(f"note: {path} is used, but it is not the published file (MD5 {md5})", file=sys.stderr)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{name}.{os.getpid()}.part")
+    part = path.with_name(f".{name}.{RANK}.{os.getpid()}.part")
     for url in (mirror + name for mirror in mirrors):
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
                 with tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None) as stream:
-                    shutil.copyfileobj(stream, file)
+                    while file.tell() <= MOST and (chunk := stream.read(2**20)):
+                        file.write(chunk)
             found = hashlib.md5(part.read_bytes()).hexdigest()
             if found != md5:
                 raise OSError(f"{part.stat().st_size} bytes came, with MD5 {found}")
@@ -203,7 +205,7 @@ def read_cifar(cfg, train):
         archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
         files = ["train.bin" if train else "test.bin"]
     with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # read, never extracted: paths in it do no harm
-        data = b"".join(tar.extractfile(folder + name).read() for name in files)
+        data = b"".join(tar.extractfile(folder + name).read(MOST) for name in files)
     records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
     return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
 
@@ -215,7 +217,8 @@ def read_fashion_mnist(cfg, train):
         name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
         debian = Path("/usr/share/datasets/fashion-mnist") / name
         here = debian.exists() and not (Path(cfg.data_dir) / name).exists()
-        data = gzip.decompress((debian if here else fetch(name, cfg.data_dir)).read_bytes())
+        with gzip.open(debian if here else fetch(name, cfg.data_dir)) as file:
+            data = file.read(MOST)
         magic, *shape = np.frombuffer(data[:4 + 4 * dims], ">i4")
         if magic != 0x800 + dims:                               # 0x08: unsigned bytes
             raise ValueError(f"{name} begins with {magic:#x}")
@@ -229,12 +232,12 @@ def read_tiny_imagenet(cfg, train):
         top, names = "tiny-imagenet-200/", sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
         names = [name for name in names if name.startswith(f"{top}train/")]
         folders = [name.split("/")[2] for name in names]
-        classes = sorted(set(folders))
+        classes = {folder: label for label, folder in enumerate(sorted(set(folders)))}
         if not train:
-            lines = archive.read(f"{top}val/val_annotations.txt").decode().splitlines()
+            lines = archive.open(f"{top}val/val_annotations.txt").read(MOST).decode().splitlines()
             names, folders = zip(*(line.split("\t")[:2] for line in lines))
             names = [f"{top}val/images/{name}" for name in names]
-        labels = [classes.index(folder) for folder in folders]
+        labels = [classes[folder] for folder in folders]
         return decode_once(cfg, train, names, labels, [archive.getinfo(name).CRC for name in names], archive.open)
 
 
@@ -297,11 +300,11 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"--data_dir {cfg.data_dir} is read-only, and {path.name} must be written there; "
                             f"link to it, ln -s {path.parent.resolve()} data/{cfg.dataset}, and give --data_dir data")
-        part, kept, bad = path.with_name(f".{path.name}.{os.getpid()}.part"), [], []
+        part, kept, bad = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.part"), [], []
         try:
             with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
-                    for name, label, pixels in zip(names[i:i + 256], labels[i:], pool.map(decode, names[i:i + 256])):
+                    for name, label, pixels in zip(names[i:i + 256], labels[i:i + 256], pool.map(decode, names[i:i + 256])):
                         if isinstance(pixels, bytes):
                             file.write(pixels)
                             kept.append(label)
@@ -338,8 +341,8 @@ def load_data(cfg, train):
             raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
     except UserError:
         raise
-    except (OSError, EOFError, LookupError, AttributeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except (OSError, EOFError, LookupError, AttributeError, ValueError, RecursionError, tarfile.TarError,
+            zipfile.BadZipFile, zlib.error) as error:
         remedy = "" if read is read_folders else "; delete what is damaged, and the next run downloads it"
         error = " ".join(str(error).split())
         raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({error}){remedy}")
@@ -829,15 +832,27 @@ def update_ema(ema, net, rate, n):
 
 def write_checkpoint(path, **contents):
     """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not all_finite(contents):
+        raise UserError(f"numbers that are not finite at step {contents['step']}: {path.parent} is left as last saved")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
+        raise UserError(f"{path} cannot be written ({error.__context__ or error}); is the disk full?")
     finally:
         part.unlink(missing_ok=True)
+
+
+def all_finite(value):
+    """Whether all numbers are finite, of tensors in dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(all_finite, parts))
 
 
 def read_checkpoint(path):
@@ -845,9 +860,13 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
     try:
+        if zipfile.is_zipfile(path):        # torch.load reads over wrong checksums of weights
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a damaged file makes torch.load stumble in many ways
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+        raise UserError(f"{path} is damaged or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})")
 
 
 def save_grid(images, path, columns=10):
@@ -883,18 +902,51 @@ def save_loss_plot(log, path):
 FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
 
 
+def lock(file):
+    """Makes an open file this process's own, until it is closed, by whatever end of the process. Two runs in one folder
+    would mix their states."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{file.name} is being written by another run; wait for its end, or choose another --out")
+    except OSError:     # some network file systems have no locks
+        pass
+
+
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"script", "config", "step", *parts} <= state.keys() or not (
+            isinstance(state["step"], int) and isinstance(state["config"], dict)):
+        raise UserError(f"{path} is no state of a run; move it away to start anew")
+    if not all_finite(state):
+        raise UserError(f"{path} has numbers that are not finite; move it away to start anew")
     there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
     free = {*FREE} - ({"accum"} if cfg.cl else set())
     other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in free and there.get(k) != here[k]]
     if other:
         raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
-    for name, part in parts.items():
-        if state[name]:         # a loss scaler that was off has no state
-            part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            if state[name] or name != "scaler":         # a loss scaler that was off has no state
+                part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:300]})")
     return state["step"]
+
+
+def read_log(path, step):
+    """The lines of a log up to a step, and how many bytes they take: what comes later is done again."""
+    log, size = [], 0
+    for line in open(path, "rb") if path.exists() else []:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError):        # a crash of the machine may leave anything
+            break
+        log.append(json.loads(line))
+        size += len(line)
+    return log, size
 
 
 def train(cfg):
@@ -928,12 +980,8 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
     parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
                  scaler=scaler)
-    step, log = 0, []
-    if (out / "last.pt").exists():
-        step = restore(out / "last.pt", cfg, parts)
-        old = out / "log.jsonl"
-        log = [json.loads(line) for line in old.read_text().splitlines() if line.endswith("}")] if old.exists() else []
-        log = [line for line in log if line["step"] <= step]    # what came after last.pt is done again
+    step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
+    log, size = read_log(out / "log.jsonl", step)
     if cfg.compile:
         learner.net.compile()
     model = learner
@@ -942,11 +990,12 @@ def train(cfg):
                                                     broadcast_buffers=False)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
+        journal = open(out / "log.jsonl", "a")
+        lock(journal)       # until this process ends, whatever ends it
+        journal.truncate(size)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        size = sum(p.numel() for p in learner.net.parameters())
-        print(f"{out}: {N} images, {size:,} parameters, {total} steps of {cfg.batch} images, {WORLD} x {device.type}, "
-              f"{context.fast_dtype}", flush=True)
+        print(f"{out}: {N} images, {sum(p.numel() for p in learner.net.parameters()):,} parameters, {total} steps of "
+              f"{cfg.batch} images, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
         if step:
             print(f"resumed at step {step}", flush=True)
 
@@ -1021,8 +1070,8 @@ def train(cfg):
                 line["contrast"] = contrast / count if count else None
             log.append(line)
             if RANK == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
                 bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
             if bad >= 10:
                 raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
@@ -1045,6 +1094,8 @@ def train(cfg):
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
     bar.close()
+    if RANK == 0:
+        journal.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return leave if step < total else 0
@@ -1074,6 +1125,9 @@ def make_config(dataset="glyphs", **overrides):
     data += [cfg.backbone] if "backbone" in overrides else []
     data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
+    for f in dataclasses.fields(Config):
+        if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
+            raise UserError(f"--{f.name} {getattr(cfg, f.name)!r}: must be of type {f.type.__name__}")
     for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
@@ -1113,9 +1167,12 @@ def load_weights(net, path, weights="ema"):
 def load_checkpoint(path, weights="ema"):
     """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", weights} <= state.keys():
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
-    cfg = make_config(**state["config"])
+    try:
+        cfg = make_config(**state["config"])
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} has settings that are none ({error})")
     net = build_net(cfg)
     load_weights(net, path, weights)
     return cfg, net.eval()
@@ -1157,7 +1214,7 @@ def sample(net, cfg, seeds, progress=False):
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
     if LOCAL_RANK == 0:     # once on each machine: a download may fail on one alone
-        print(f"{SCRIPT}: {message}", file=sys.stderr)
+        tqdm.write(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)      # tqdm ends its bar's line first
     sys.exit(2)
 
 
@@ -1218,6 +1275,14 @@ def main(argv=None):
         return 128 + signal_number if signal_number else 0
     except (UserError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError:
+        fail("out of memory; a larger --accum or a smaller --batch needs less")
+    except RuntimeError as error:
+        if WORLD == 1 or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+            raise
+        print(f"{SCRIPT}: process {RANK} has lost another one, whose own words may say why; the same command goes on "
+              "from last.pt", file=sys.stderr, flush=True)
+        os._exit(1)     # threads of the process group would wait for the lost one
     except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
         print(f"{SCRIPT}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -22,6 +22,21 @@ SMALL_UNET = dict(RUN, dataset="folder", size=8, backbone="unet_tiny", layer="ou
 SMALL_DIT = dict(RUN, dataset="folder", size=16, tokenizer="unshuffle", cell=4, classes=4, backbone="dit_tiny", layer="block_3")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="only what is marked slow: hundreds of faults, a quarter of an hour")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not run unless --slow is given, and then alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if "slow" in item.keywords]
+    chosen = slow if config.getoption("--slow") else [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)    # two processes side by side must not fight for the cores, and small nets gain nothing

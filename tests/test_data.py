@@ -141,10 +141,10 @@ def test_interrupted_download_leaves_nothing(uvit_sc, mirror, tmp_path, monkeypa
     mirror("good")
     (tmp_path / ".file.gz.1.part").write_bytes(b"left by a killed run")
 
-    def interrupt(source, target):
-        target.write(source.read(10))
+    def interrupt(reply, *args, **kwargs):
+        reply.read(10)
         raise KeyboardInterrupt
-    monkeypatch.setattr(uvit_sc.shutil, "copyfileobj", interrupt)
+    monkeypatch.setattr(uvit_sc.tqdm, "wrapattr", interrupt)
     with pytest.raises(KeyboardInterrupt):
         uvit_sc.fetch("file.gz", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".file.gz.1.part"]

@@ -80,10 +80,10 @@ def test_positions_and_rotations():
         angles = np.repeat(np.concatenate([row * w, column * w]), 2)
         assert np.allclose(net.feat_rope.freqs_cos[row * S + column], np.cos(angles), atol=1e-6)
     x = torch.randn(1, 1, 16, 40)
-    turned = dit.rotate(x, net.feat_rope.freqs_cos, net.feat_rope.freqs_sin)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    angles = torch.atan2(net.feat_rope.freqs_sin, net.feat_rope.freqs_cos)[:, ::2]
-    assert torch.allclose(torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2), turned, atol=1e-6)
+    cos, sin = net.feat_rope.freqs_cos, net.feat_rope.freqs_sin
+    turned, a, b = dit.rotate(x, torch.complex(cos, sin)[:, ::2]), x[..., ::2], x[..., 1::2]
+    assert torch.allclose(turned[..., ::2], a * cos[:, ::2] - b * sin[:, ::2], atol=1e-6)
+    assert torch.allclose(turned[..., 1::2], a * sin[:, ::2] + b * cos[:, ::2], atol=1e-6)
     assert not net.pos_embed.requires_grad
 
 
