@@ -171,14 +171,18 @@ def list_folders(cfg, train):
     classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
     if cfg.dataset == "imagenet100":
         classes = [name for name in classes if name in IMAGENET100]
-    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-    files = [(path, label) for label, name in enumerate(classes) for path in sorted((split / name).rglob("*"))
-             if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()]
+    kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+    files = []
+    for label, name in enumerate(classes):      # strings, as a million Paths take a minute
+        found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name) for file in here
+                 if file.lower().endswith(kinds) and not file.startswith(".")]
+        for path in filter(os.path.isfile, sorted(found, key=lambda path: path.split(os.sep))):
+            files.append((os.path.relpath(path, root), label, os.stat(path)))
     if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
         raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
                         f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
-    names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
-    return root, names, labels, [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+    names, labels, stats = zip(*files)
+    return root, names, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def centre_crop(image, size):
@@ -553,8 +557,8 @@ class TimestepEmbedder(nn.Module):
 
 
 def rotate(x, turn):
-    """RoPE: each pair of neighbouring channels of x (B, heads, N, d) is a complex number, and turned by the angle of its
-    position: turn (N, d/2) = exp(i angle)."""
+    """RoPE: each pair of neighbouring channels of x (B, heads, N, d), as a complex number, is turned by the angle of
+    its position: turn (N, d/2) = exp(i angle)."""
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
@@ -708,7 +712,7 @@ class DiT(nn.Module):
         if shift is not None:
             c = c + self.aug_emb(shift)
         h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed     # (B, N, D)
-        turn = torch.complex(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)[:, ::2]        # one angle for each pair
+        turn = torch.complex(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)[:, ::2]    # one of each pair
         feats = {}
         for k, block in enumerate(self.blocks, 1):
             h = block(h, c, turn)

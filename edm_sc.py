@@ -147,7 +147,7 @@ DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it
     "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
     "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
 }
-MOST = 2**28    # bytes that any of these has, packed or unpacked: a server or an archive that goes on for ever ends there
+MOST = 2**28    # no file here has more bytes, packed or unpacked: servers and archives without end are left there
 IMAGENET100 = """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
@@ -253,14 +253,18 @@ def list_folders(cfg, train):
     classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
     if cfg.dataset == "imagenet100":
         classes = [name for name in classes if name in IMAGENET100]
-    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-    files = [(path, label) for label, name in enumerate(classes) for path in sorted((split / name).rglob("*"))
-             if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()]
+    kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+    files = []
+    for label, name in enumerate(classes):      # strings, as a million Paths take a minute
+        found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name) for file in here
+                 if file.lower().endswith(kinds) and not file.startswith(".")]
+        for path in filter(os.path.isfile, sorted(found, key=lambda path: path.split(os.sep))):
+            files.append((os.path.relpath(path, root), label, os.stat(path)))
     if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
         raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
                         f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
-    names, labels = zip(*((path.relative_to(root).as_posix(), label) for path, label in files))
-    return root, names, labels, [(path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
+    names, labels, stats = zip(*files)
+    return root, names, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def read_folders(cfg, train):
@@ -303,7 +307,8 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
         try:
             with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
-                    for name, label, pixels in zip(names[i:i + 256], labels[i:i + 256], pool.map(decode, names[i:i + 256])):
+                    some = slice(i, i + 256)
+                    for name, label, pixels in zip(names[some], labels[some], pool.map(decode, names[some])):
                         if isinstance(pixels, bytes):
                             file.write(pixels)
                             kept.append(label)
@@ -502,6 +507,14 @@ class UNet(nn.Module):
         if cfg.self_cond != "none" and cfg.layer == layers[-1]:
             raise UserError(f"--layer {cfg.layer}: is the last, so it can condition none; use --self_cond none")
         return dict(self_cond=("adaptive", "add", "none"), layer=layers)
+
+    @staticmethod
+    def from_official(state):
+        """The averaged weights of a checkpoint of the authors' DDAE code, {MODEL, EMA, opt}, or the state_dict itself."""
+        prefix = "ema_model.nn_model."
+        if "EMA" in state:
+            state = {k.removeprefix(prefix): v for k, v in state["EMA"].items() if k.startswith(prefix)}
+        return {k.removeprefix("nn_model."): v for k, v in state.items()}
 
     def embed_time(self, c):
         return self.time_emb(c)                                                     # (B, E)

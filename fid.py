@@ -297,7 +297,10 @@ def load_detector(side, folder):
         with new_file(path) as file:
             torch.save(dict(model=net.state_dict(), accuracy=right / len(test)), file)
     net, state = TinyDetector(images.shape[-1], int(labels.max()) + 1), load_tensors(path)
-    net.load_state_dict(state["model"])
+    try:
+        net.load_state_dict(state["model"])
+    except (RuntimeError, LookupError, TypeError):
+        raise UserError(f"{path} is no detector of these images; delete it, and the next run trains one")
     net.hash, net.accuracy = digest(v.numpy() for v in net.state_dict().values()), state["accuracy"]
     return net.eval()
 

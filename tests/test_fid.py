@@ -499,6 +499,18 @@ def test_fault_of_one_process_ends_all(cifar):
     assert status and out == "" and err.count("fid: ") == 1 and "--nonsense" in err and "exitcode  : 2" in err
 
 
+def test_detector_files_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "train_detector", lambda images, labels: fid.TinyDetector(32, 20).eval())
+    images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20)
+    side = fid.Side("photos", 20, None, load=lambda train: (images, labels), hash="1234")
+    assert fid.load_detector(side, tmp_path).classes == 20
+    path, = tmp_path.glob("detector-*.pt")
+    for contents in (dict(model=fid.TinyDetector(32, 7).state_dict(), accuracy=1.0), dict(model=[1]), dict(accuracy=1.0), [1]):
+        torch.save(contents, path)
+        with pytest.raises(fid.UserError, match="is no detector of these images; delete it"):
+            fid.load_detector(side, tmp_path)
+
+
 def test_tiny_detector_repeats_itself():
     images, labels = uvit_sc.load_data(None, True)
     state = torch.random.get_rng_state()

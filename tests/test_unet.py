@@ -87,6 +87,22 @@ def tiny(script, **fields):
 
 
 @torch.no_grad()
+def test_checkpoints_of_the_public_code(script, tmp_path):
+    """--init takes the averaged weights of its training checkpoints, a state_dict of its diffusion wrapper, and a bare one."""
+    cfg = script.make_config("folder", size=8, backbone="unet_tiny", layer="out_3", self_cond="none")
+    state = fill(script.build_net(cfg)).state_dict()
+    wrap = lambda prefix, value: {f"{prefix}{k}": v * value for k, v in state.items()}
+    ema = {**wrap("online_model.nn_model.", 0), **wrap("ema_model.nn_model.", 1), "ema_model.alpha": torch.ones(3), "step": torch.tensor([9])}
+    for contents in ({"MODEL": wrap("module.nn_model.", 0), "EMA": ema, "opt": {}}, wrap("nn_model.", 1), state):
+        torch.save(contents, tmp_path / "model.pth")
+        net = script.build_net(cfg)
+        script.load_weights(net, tmp_path / "model.pth")
+        assert all(torch.equal(a, state[k]) for k, a in net.state_dict().items())
+    torch.save({"EMA": {"initted": torch.tensor(True)}}, tmp_path / "model.pth")
+    with pytest.raises(script.UserError, match="does not fit this network"):
+        script.load_weights(net, tmp_path / "model.pth")
+
+
 def test_self_conditioning_reaches_the_decoder_alone(script):
     """f is pooled at out_3; layers up to it equal the baseline's, all later ones change. `add` is e + W f, adaptive s(t) W f."""
     x, c = torch.randn(4, 3, 16, 16), torch.tensor([0.1, 0.2, 0.5, 0.9])
