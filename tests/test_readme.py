@@ -9,7 +9,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 SHORT = re.search(r'^S="(.*)"$', README, re.M)[1]        # a command that the lines behind it extend
-README = README.replace(f'S="{SHORT}"', "").replace("$S", SHORT)
+README = re.sub(r"\$S\b", lambda _: SHORT, README.replace(f'S="{SHORT}"', ""))
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
             if re.search(r"(?<!diff )\b\w+\.py", line) and not line.startswith("diff")]
 
