@@ -60,7 +60,9 @@ def test_truncated_checkpoints(script, run, capsys):
     whole = path.read_bytes()
     for size in [len(whole) * i // 10 for i in range(10)] + [len(whole) - 1]:
         path.write_bytes(whole[:size])
-        assert f"{path} is damaged or no checkpoint" in goes_on(script, small, capsys)
+        with pytest.raises(script.UserError, match="damaged or no checkpoint"):
+            script.read_checkpoint(path)
+    assert f"{path} is damaged or no checkpoint" in goes_on(script, small, capsys)
     path.write_bytes(whole)
     assert goes_on(script, small, capsys) is True
 
@@ -81,11 +83,11 @@ def test_flipped_bits(script, run):
     """A file with a turned bit is refused, unless the bit lies in padding and changes nothing."""
     _, path = run
     good, chance, refused = final(path.parent), random.Random(0), 0
-    for _ in range(40):
+    for _ in range(25):
         found = flipped(path, chance.randrange(path.stat().st_size), chance.randrange(8))
         refused += found is None
         assert found is None or same(found, good)
-    assert refused > 30
+    assert refused > 15
 
 
 class Code:
@@ -216,6 +218,14 @@ def test_weights_that_are_not_finite_are_never_saved(script, run, capsys, monkey
     ema = script.update_ema
     monkeypatch.setattr(script, "update_ema", lambda mean, net, *rest: (ema(mean, net, *rest), next(mean.parameters()).fill_(torch.nan)))
     assert "not finite at step 3" in goes_on(script, small, capsys)
+
+
+@pytest.mark.parametrize("script", ["uvit_sc"], indirect=True)
+def test_out_of_memory_is_one_line(script, small, capsys, monkeypatch):
+    def greedy(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(script, "train", greedy)
+    assert "a larger --accum or a smaller --batch needs less" in ends_with_one_line(script, flags(small), capsys)
 
 
 def wait_for(condition, seconds=60):
@@ -405,7 +415,7 @@ def fuzz(script, chance, capsys, monkeypatch, times):
 
 def test_fuzzed_command_lines(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert fuzz(script, random.Random(script.SCRIPT), capsys, monkeypatch, 60) > 20
+    assert fuzz(script, random.Random(script.SCRIPT), capsys, monkeypatch, 25) > 8
     assert not [p for p in tmp_path.rglob("*") if p.name not in ("data", "runs")], "something was written"
 
 

@@ -63,15 +63,15 @@ def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
     assert losses(whole.out) == losses(halves.out) and len(losses(whole.out)) == 12
 
 
-def test_five_kills(small, tmp_path):
-    """SIGKILL at random moments, five times; the run that ends at last has the weights of one that was never interrupted.
-    The loop is the same text in every script; once is enough."""
+def test_kills(small, tmp_path):
+    """SIGKILL at random moments, twice; the run that ends at last has the weights of one that was never interrupted.
+    The loop is the same text in every script; once is enough. (test_faults_slow.py kills each of them eight times.)"""
     script = importlib.import_module("uvit_sc")
-    small = {**small, "epochs": 30, "save_every": 1, "sample_every": 1000}      # 240 steps, a save after each 8
+    small = {**small, "epochs": 12, "save_every": 1, "sample_every": 1000}      # 96 steps, a save after each 8
     whole = launch(script.SCRIPT, flags({**small, "out": tmp_path / "whole"}))
     chance, log = random.Random(0), Path(small["out"]) / "log.jsonl"
     lines = lambda: log.read_text().count("\n") if log.exists() else 0
-    for _ in range(5):
+    for _ in range(2):
         process, seen, more = launch(script.SCRIPT, flags(small)), 0, chance.uniform(10, 30)
         while (now := lines()) < seen + more and process.poll() is None:
             seen = min(seen, now) if now else seen
@@ -83,7 +83,7 @@ def test_five_kills(small, tmp_path):
     assert status == 0 and "resumed at step" in out, err
     assert finish(whole)[0] == 0
     a, b = final(tmp_path / "whole"), final(small["out"])
-    assert a["step"] == b["step"] == 240 and same(a["ema"], b["ema"]) and same(a["optimizer"], b["optimizer"])
+    assert a["step"] == b["step"] == 96 and same(a["ema"], b["ema"]) and same(a["optimizer"], b["optimizer"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -109,7 +109,7 @@ def test_other_config_is_refused_by_name(script, small):
     assert final(small["out"])["step"] == 2
 
 
-@pytest.mark.parametrize("script", ["ddpm_sc", "uvit_sc"], indirect=True)       # a UNet and a ViT; the loop is one text
+@pytest.mark.parametrize("script", [pytest.param("ddpm_sc", marks=pytest.mark.slow), "uvit_sc"], indirect=True)
 def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path):
     """1 x 8, 2 x 4 and 2 x 2 x 2 images: the same losses to 1e-5 over 20 steps, the same weights to 1e-4: Adam turns the
     rounding errors of gradients near zero into whole steps, and more so in UNets, whose norms hide the scale of some weights."""
@@ -159,6 +159,15 @@ def test_mixed_precision(script, small, amp):
     script.train(script.make_config(**{**small, "out": small["out"] + "32"}, steps=8))
     pairs = [(a, b) for a, b in zip(mixed, losses(small["out"] + "32")) if a is not None]       # fp16 may skip the first steps
     assert len(pairs) > 4 and max(abs(a - b) for a, b in pairs) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ddpm_sc", "uvit_sc", "dit_latent_sc"], indirect=True)
+def test_compiled_network(script, small):
+    """--compile gives the losses of the eager network, where there is a compiler."""
+    script.train(script.make_config(**small, steps=8))
+    script.train(script.make_config(**{**small, "out": small["out"] + "c"}, steps=8, compile=True))
+    assert max(abs(a - b) for a, b in zip(losses(small["out"]), losses(small["out"] + "c"))) < 1e-5
 
 
 def test_ema_rate():
