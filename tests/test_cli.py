@@ -23,6 +23,7 @@ BAD = [
     (["--learning_rate", "1"], "unknown argument --learning_rate"),
     (["--epoch", "1"], "did you mean --epochs?"),
     (["words"], "unknown argument words"),
+    (["--bo\ngus"], "unknown argument --bo gus"),
     (["--dataset", "mnist"], "--dataset mnist: unknown; there are glyphs, "),
     (["--dataset", "glyphs", "--batch", "many"], "--batch: invalid int value: 'many'"),
     (["--batch", "0"], "--batch 0: must lie between 1 and"),

@@ -1,6 +1,7 @@
 """Many faults, some fifteen minutes of them: python -m pytest -q -s tests --slow. A table of what was injected, how often
 and with what outcome is printed."""
 import collections
+import contextlib
 import os
 import random
 import signal
@@ -18,8 +19,9 @@ from test_faults import files_end_at, final, flipped, fuzz, goes_on, same, wait_
 pytestmark = pytest.mark.slow
 
 
-def tell(what, outcomes):
-    print(f"\n| {what} | {sum(outcomes.values())} | {', '.join(f'{n} {k}' for k, n in outcomes.items())} |")
+def tell(what, outcomes, capsys=None):
+    with getattr(capsys, "disabled", contextlib.nullcontext)():
+        print(f"\n| {what} | {sum(outcomes.values())} | {', '.join(f'{n} {k}' for k, n in outcomes.items())} |")
 
 
 DEADLY = """
@@ -78,7 +80,7 @@ def test_killed_in_the_middle_of_writing(script, small, tmp_path):
 
 
 def test_killed_at_random_moments(script, small, tmp_path):
-    small = {**small, "epochs": 12, "save_every": 1, "sample_every": 1000}
+    small = {**small, "epochs": 25, "save_every": 1, "sample_every": 1000}
     script.train(script.make_config(**{**small, "out": str(tmp_path / "whole")}))
     log, chance, outcomes = Path(small["out"], "log.jsonl"), random.Random(script.SCRIPT), collections.Counter()
     for _ in range(8):
@@ -116,7 +118,7 @@ def test_full_and_read_only_disks(script, small, tmp_path, capsys):
         with files_end_at(size * percent // 100):
             assert "cannot be written" in goes_on(script, small, capsys)
         outcomes["one line, last.pt as before"] += 1
-    tell(f"disk full at 5, 15, ... 95 % of a file, {script.SCRIPT}", outcomes)
+    tell(f"disk full at 5, 15, ... 95 % of a file, {script.SCRIPT}", outcomes, capsys)
     disk, outcomes = tmp_path / "disk", collections.Counter()
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(disk)], capture_output=True).returncode == 0
@@ -132,7 +134,7 @@ def test_full_and_read_only_disks(script, small, tmp_path, capsys):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert "Read-only file system" in goes_on(script, small, capsys)
         outcomes["one line, last.pt as before"] += 1
-        tell(f"tmpfs, full, then read-only, {script.SCRIPT}", outcomes)
+        tell(f"tmpfs, full, then read-only, {script.SCRIPT}", outcomes, capsys)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -187,8 +189,7 @@ def test_two_machines(small, tmp_path):
 def test_many_fuzzed_command_lines(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     refused = fuzz(script, random.Random(f"slow {script.SCRIPT}"), capsys, monkeypatch, 600)
-    with capsys.disabled():
-        tell(f"random command lines of {script.SCRIPT}", dict(refused=refused, valid=600 - refused))
+    tell(f"random command lines of {script.SCRIPT}", dict(refused=refused, valid=600 - refused), capsys)
 
 
 def test_fuzzed_runs(script, small, capsys, tmp_path):
@@ -214,4 +215,4 @@ def test_fuzzed_runs(script, small, capsys, tmp_path):
             assert end.code == 2 and len(err) == 1 and not Path(fields["out"]).exists(), (argv, err)
             outcomes["refused"] += 1
     assert outcomes["trained"] >= 8
-    tell(f"random settings, two steps, {script.SCRIPT}", outcomes)
+    tell(f"random settings, two steps, {script.SCRIPT}", outcomes, capsys)
