@@ -41,7 +41,7 @@ class Config:
     """Every field is a command-line flag and its comment the help text."""
     dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
     data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
-    size: int = 0                # side of the images in pixels; 0: 64 for folders of images, others have their own
+    size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     tokenizer: str = "vavae"     # makes latents of images: vavae | unshuffle: without parameters, for trial runs
     cell: int = 16               # side in pixels of what one position of the latents stands for (Table 9)
@@ -1357,7 +1357,7 @@ def make_config(dataset="glyphs", **overrides):
     choices = dict(backbone=Backbone.sizes, cl_head=("time", "plain"), cl_target=("probe", "min"),
                    device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
     if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
-        choices |= dict(size=DATASETS[dataset][1:2])
+        choices |= dict(size=(32, 16) if dataset == "fashion_mnist" else DATASETS[dataset][1:2])
     choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}
     for name, values in choices.items():
         if getattr(cfg, name) not in values:

@@ -42,7 +42,7 @@ class Config:
     """Every field is a command-line flag and its comment the help text."""
     dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
     data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
-    size: int = 0                # side of the images in pixels; 0: 64 for folders of images, others have their own
+    size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with the backbone if given
     init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
@@ -223,7 +223,10 @@ def read_fashion_mnist(cfg, train):
         if magic != 0x800 + dims:                               # 0x08: unsigned bytes
             raise ValueError(f"{name} begins with {magic:#x}")
         arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
-    return np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None], arrays[1]      # 28 x 28 in the middle of 32 x 32
+    images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]               # 28 x 28 in the middle of 32 x 32
+    if cfg.size == 16:
+        images = (images.reshape(-1, 1, 16, 2, 16, 2).sum(axis=(3, 5)) + 2) // 4
+    return images.astype(np.uint8), arrays[1]
 
 
 def read_tiny_imagenet(cfg, train):
@@ -511,7 +514,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def from_official(state):
-        """The averaged weights of a checkpoint of the authors' DDAE code, {MODEL, EMA, opt}, or the state_dict itself."""
+        """The averaged weights of a checkpoint of the public DDAE code, {MODEL, EMA, opt}; or a state_dict as it is."""
         prefix = "ema_model.nn_model."
         if "EMA" in state:
             state = {k.removeprefix(prefix): v for k, v in state["EMA"].items() if k.startswith(prefix)}
@@ -1231,7 +1234,7 @@ def make_config(dataset="glyphs", **overrides):
     choices = dict(backbone=Backbone.sizes, cl_head=("time", "plain"), cl_target=("probe", "min"),
                    device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
     if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
-        choices |= dict(size=DATASETS[dataset][1:2])
+        choices |= dict(size=(32, 16) if dataset == "fashion_mnist" else DATASETS[dataset][1:2])
     choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}
     for name, values in choices.items():
         if getattr(cfg, name) not in values:

@@ -177,7 +177,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["steps", "amp", "use", "growth", "evaluation"],
                         help="steps, amp, use, growth, evaluation (all)")
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS)
+    parser.add_argument("--scripts", nargs="*", default=SCRIPTS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--extras", nargs="*", choices=[*VARIANTS][2:], default=[*VARIANTS][2:], help="beside baseline and "
@@ -197,6 +197,8 @@ def main():
             if rank == 0:
                 print(f"{name}, {part}, batch {args.batch}, median of {args.rounds} rounds (quartiles)")
             dict(steps=steps, amp=amp, use=use, growth=growth)[part](name, script, args, device)
+    if rank:
+        return
     memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of all this {memory / 1e9:.1f} GB")
 

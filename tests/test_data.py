@@ -55,6 +55,9 @@ def test_fashion_mnist_idx_files(uvit_sc, tmp_path):
     assert images.shape == (5, 1, 32, 32) and labels.tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(images[:, 0, 2:30, 2:30], pixels)
     assert (images > 0).sum() == pixels.size
+    small, _ = uvit_sc.load_data(uvit_sc.make_config("fashion_mnist", data_dir=str(tmp_path), size=16), train=False)
+    assert small.shape == (5, 1, 16, 16) and not small[:, :, 0].any()
+    assert (small.float() - torch.nn.functional.avg_pool2d(images.float(), 2)).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "record", "label"])
