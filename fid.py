@@ -299,9 +299,10 @@ def load_detector(side, folder):
     net, state = TinyDetector(images.shape[-1], int(labels.max()) + 1), load_tensors(path)
     try:
         net.load_state_dict(state["model"])
-    except (RuntimeError, LookupError, TypeError):
+        net.accuracy = float(state["accuracy"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is no detector of these images; delete it, and the next run trains one")
-    net.hash, net.accuracy = digest(v.numpy() for v in net.state_dict().values()), state["accuracy"]
+    net.hash = digest(v.numpy() for v in net.state_dict().values())
     return net.eval()
 
 

@@ -176,7 +176,7 @@ def fetch(name, folder):
             print(f"note: {path} is used, but it is not the published file (MD5 {md5})", file=sys.stderr)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{name}.{RANK}.{os.getpid()}.part")
+    part = path.with_name(f".{name}.{os.uname().nodename}.{os.getpid()}.part")
     for url in (mirror + name for mirror in mirrors):
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
@@ -259,8 +259,11 @@ def list_folders(cfg, train):
         classes = [name for name in classes if name in IMAGENET100]
     kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
     files = []
+
+    def stop(error):        # what cannot be listed is not passed over
+        raise error
     for label, name in enumerate(classes):      # strings, as a million Paths take a minute
-        found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name) for file in here
+        found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name, onerror=stop) for file in here
                  if file.lower().endswith(kinds) and not file.startswith(".")]
         for path in filter(os.path.isfile, sorted(found, key=lambda path: path.split(os.sep))):
             files.append((os.path.relpath(path, root), label, os.stat(path)))
@@ -307,7 +310,7 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"--data_dir {cfg.data_dir} is read-only, and {path.name} must be written there; "
                             f"link to it, ln -s {path.parent.resolve()} data/{cfg.dataset}, and give --data_dir data")
-        part, kept, bad = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.part"), [], []
+        part, kept, bad = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part"), [], []
         try:
             with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
@@ -327,7 +330,8 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
             if bad:
                 print(f"note: {len(bad)} of {len(names)} images cannot be decoded and are skipped, {bad[0]} first",
                       file=sys.stderr)
-            os.replace(part, path)
+            if not path.exists():       # else another machine was faster, and maps its file already
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     shape = (path.stat().st_size // (3 * cfg.size ** 2 + 2), 3, cfg.size, cfg.size)
@@ -885,19 +889,19 @@ def start(cfg):
     if kind == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo",
-                                timeout=datetime.timedelta(hours=6))     # the first run may decode all of ImageNet
+        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
     return device
 
 
 @contextlib.contextmanager
 def one_process_first():
-    """The first process of each machine runs the block (it may download) before the others do."""
+    """The first process of each machine runs the block (it may decode all of ImageNet) before the others do."""
+    group = dist.new_group(timeout=datetime.timedelta(hours=6)) if WORLD > 1 else None
     if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier()
+        dist.barrier(group)
     yield
     if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def autocast(cfg, device):
@@ -930,7 +934,7 @@ def write_checkpoint(path, **contents):
     """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
     if not all_finite(contents):
         raise UserError(f"numbers that are not finite at step {contents['step']}: {path.parent} is left as last saved")
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             torch.save(contents, file)
@@ -1003,31 +1007,29 @@ def lock(file):
     would mix their states."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{file.name} is being written by another run; wait for its end, or choose another --out")
-    except OSError:     # some network file systems have no locks
-        pass
+    except OSError as error:
+        print(f"note: {file.name} cannot be locked ({error}): see that no other run uses its folder", file=sys.stderr)
 
 
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"script", "config", "step", *parts} <= state.keys() or not (
-            isinstance(state["step"], int) and isinstance(state["config"], dict)):
-        raise UserError(f"{path} is no state of a run; move it away to start anew")
-    if not all_finite(state):
-        raise UserError(f"{path} has numbers that are not finite; move it away to start anew")
-    there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
-    free = {*FREE} - ({"accum"} if cfg.cl else set())
-    other = [f"{k} ({there.get(k)} there, {here[k]} now)" for k in here if k not in free and there.get(k) != here[k]]
-    if other:
-        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
     try:
-        for name, part in parts.items():
+        there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
+        free = {*FREE} - ({"accum"} if cfg.cl else set())
+        other = [f"{k} ({there.get(k)} there, {v} now)" for k, v in here.items() if k not in free and there.get(k) != v]
+        for name, part in parts.items() if not other else ():
             if state[name] or name != "scaler":         # a loss scaler that was off has no state
                 part.load_state_dict(state[name])
+        whole = all_finite(state) and isinstance(state["step"], int)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:300]})")
+        raise UserError(f"{path} is no state of this run ({error!r:.300}); move it away to start anew")
+    if other:
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
+    if not whole:
+        raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
     return state["step"]
 
 
@@ -1046,7 +1048,13 @@ def read_log(path, step):
 
 
 def train(cfg):
-    """Trains from the beginning, or from last.pt in the run folder, to the end. Returns 0, or the signal that ended it.
+    """Trains to the end, from last.pt in the run folder if it is there. Returns 0, or the signal that ended the run."""
+    with contextlib.ExitStack() as stack:       # closes the log, and gives the signals back, whatever ends the run
+        return run(cfg, stack)
+
+
+def run(cfg, stack):
+    """The whole training, from top to bottom.
 
     Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
     one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
@@ -1076,18 +1084,28 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
     parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
                  scaler=scaler)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = stack.enter_context(open(out / "log.jsonl", "a"))
+        lock(journal)       # until it is closed: by this function, or by the system when the process is killed
+        for part in out.glob(".*.part"):        # left by a process that was killed
+            part.unlink(missing_ok=True)
+    if WORLD > 1:
+        dist.barrier()      # nobody reads before the folder is ours
     step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
+    if WORLD > 1:
+        steps = [step] * WORLD
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"--out {out}: processes find states of steps {min(steps)} and {max(steps)} there; it must "
+                            "be one folder that all machines see")
     log, size = read_log(out / "log.jsonl", step)
     if cfg.compile:
         learner.net.compile()
     model = learner
-    if WORLD > 1:       # the few buffers are constants: nothing to broadcast
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                                    broadcast_buffers=False)
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        journal = open(out / "log.jsonl", "a")
-        lock(journal)       # until this process ends, whatever ends it
         journal.truncate(size)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         print(f"{out}: {N} images, {sum(p.numel() for p in learner.net.parameters()):,} parameters, {total} steps of "
@@ -1101,13 +1119,15 @@ def train(cfg):
                              **{k: part.state_dict() for k, part in parts.items()})
 
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
-    handlers = {s: signal.signal(s, lambda number, frame: told.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    for number in signal.SIGINT, signal.SIGTERM:
+        stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: told.append(number)))
     bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
     window = torch.zeros(11, device=device)     # number of steps since the last log line, and sums over them
     own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)      # what of a batch this process does
     batches = read_batches(images, classes, cfg, step, own, device)
     saved = logged = time.time()
-    bar = tqdm(total=total, initial=step, unit="step", disable=RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 20)
+    bar = stack.enter_context(tqdm(total=total, initial=step, unit="step", disable=RANK > 0,
+                                   mininterval=0.2 if sys.stderr.isatty() else 20))
     while step < total and not leave:
         # 1. All that is random, drawn for the global batch: times, noise, and views of the images.
         batch, gen, shape = next(batches), rng(cfg.seed, step, 0, device=device), (cfg.batch, *images.shape[-3:])
@@ -1189,11 +1209,6 @@ def train(cfg):
             if RANK == 0:
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
-    bar.close()
-    if RANK == 0:
-        journal.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return leave if step < total else 0
 
 
@@ -1260,15 +1275,20 @@ def load_weights(net, path, weights="ema"):
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
 
 
-def load_checkpoint(path, weights="ema"):
-    """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
+def read_config(path, *parts):
+    """The config of a checkpoint of this script that has some parts."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", weights} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", *parts} <= state.keys():
+        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)}")
     try:
-        cfg = make_config(**state["config"])
+        return make_config(**state["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path} has settings that are none ({error})")
+
+
+def load_checkpoint(path, weights="ema"):
+    """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
+    cfg = read_config(path, weights)
     net = build_net(cfg)
     load_weights(net, path, weights)
     return cfg, net.eval()
@@ -1307,10 +1327,22 @@ def sample(net, cfg, seeds, progress=False):
 
 # ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
 
-def fail(message):
-    """The end of a run that the user can mend: one line, status 2."""
-    if LOCAL_RANK == 0:     # once on each machine: a download may fail on one alone
-        tqdm.write(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)      # tqdm ends its bar's line first
+def fail(error):
+    """The end of a run that the user can mend, or the machine: one line, status 2. A fault of ours is raised."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError):
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", text):
+            text = f"out of memory; training needs less with a larger --accum or a smaller --batch ({text[:120]})"
+        elif WORLD > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
+            text = (f"process {RANK} has lost another one or cannot reach it ({text[:120]}); the same command goes on "
+                    "from last.pt, if there is one")
+        else:
+            raise error
+    if LOCAL_RANK == 0 or isinstance(error, (OSError, RuntimeError)):       # others are seen by all processes
+        tqdm.write(f"{SCRIPT}: {text}", file=sys.stderr)        # tqdm ends its bar's line first
+    if WORLD > 1:       # to leave the group would be to wait for those who wait for this one
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
 
 
@@ -1361,7 +1393,8 @@ def main(argv=None):
             raise UserError("--n goes with --sample")
         cfg = make_config(**given)
         if args.resume:
-            cfg = make_config(**{**read_checkpoint(Path(cfg.out) / "last.pt")["config"], "out": cfg.out, **given})
+            settings = dataclasses.asdict(read_config(Path(cfg.out) / "last.pt", "model"))
+            cfg = make_config(**{**settings, "out": cfg.out, **given})
         signal_number = train(cfg)
         if RANK == 0:
             tiny = " --detector tiny" * (cfg.dataset in ("glyphs", "fashion_mnist"))    # Inception knows photographs
@@ -1369,16 +1402,8 @@ def main(argv=None):
                   f"done: look at {cfg.out}/samples_*.png and loss.png, then\n"
                   f"  python probe.py {cfg.out}/last.pt\n  python fid.py {cfg.out}/last.pt{tiny}")
         return 128 + signal_number if signal_number else 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         fail(error)
-    except torch.OutOfMemoryError:
-        fail("out of memory; a larger --accum or a smaller --batch needs less")
-    except RuntimeError as error:
-        if WORLD == 1 or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
-            raise
-        print(f"{SCRIPT}: process {RANK} has lost another one, whose own words may say why; the same command goes on "
-              "from last.pt", file=sys.stderr, flush=True)
-        os._exit(1)     # threads of the process group would wait for the lost one
     except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
         print(f"{SCRIPT}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -71,7 +71,7 @@ def make_step(script, cfg, device):
     optimizer, context, diffusion = script.make_optimizer(learner, cfg), script.autocast(cfg, device), script.Diffusion(cfg)
     model = learner
     if script.WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(learner)
     share = cfg.batch // script.WORLD
     x, y = torch.randint(0, 256, (share, 3, cfg.size, cfg.size), dtype=torch.uint8, device=device), None
     if hasattr(cfg, "tokenizer"):

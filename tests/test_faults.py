@@ -10,6 +10,8 @@ import random
 import re
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -118,17 +120,19 @@ def test_foreign_checkpoints(script, run, capsys, tmp_path):
         (with_(None, "script", other), f"script ({other} there, {script.SCRIPT} now)"),
         (with_("config", "lr", 0.5), "lr (0.5 there"), (with_("config", "seed", 7), "seed (7 there"),
         (with_("model", name, nan), "has numbers that"), (with_("ema", name, nan), "has numbers that"), (moments, "has numbers that"),
-        (with_("model", name, torch.zeros(3, 5)), "does not fit"), (with_("model", "more", torch.zeros(2)), "does not fit"),
-        (with_("optimizer", "param_groups", []), "does not fit"), (with_(None, "model", {}), "does not fit|no state"),
-        (with_(None, "optimizer", [1]), "does not fit"), (with_(None, "step", "many"), "no state"),
+        (with_("model", name, torch.zeros(3, 5)), "no state of this run"), (with_("model", "more", torch.zeros(2)), "no state of this run"),
+        (with_("optimizer", "param_groups", []), "no state of this run"), (with_(None, "model", {}), "no state"),
+        (with_(None, "optimizer", [1]), "no state of this run"), (with_(None, "step", "many"), "or no step"),
         (with_(None, "config", None), "no state"), (good["ema"], "no state"), ([1, 2], "no state"), (torch.zeros(3), "no state"),
         ({k: v for k, v in good.items() if k != "optimizer"}, "no state"), ({}, "no state"),
         (with_(None, "note", Code(tmp_path / "harm")), "damaged or no checkpoint"),
     ]
+    cases += [(with_("config", "lr", torch.ones(2)), "no state"), (with_(None, "config", {1: 2}), "no state|other settings"),
+              (with_(None, "more", torch.eye(2).to_sparse()), "no state|True")]
     for state, says in cases:
         torch.save(state, path)
-        line = goes_on(script, small, capsys)
-        assert line is not True and re.search(says if "|" in says else re.escape(says), line), (says, line)
+        line = str(goes_on(script, small, capsys))
+        assert re.search(says if "|" in says else re.escape(says), line), (says, line)
     assert not (tmp_path / "harm").exists()
     torch.save(with_("config", "of_the_future", 1) | {"remark": "kept by hand"}, path)
     assert goes_on(script, small, capsys) is True
@@ -137,9 +141,13 @@ def test_foreign_checkpoints(script, run, capsys, tmp_path):
 @each
 def test_configs_of_wrong_types(script, run, capsys):
     _, path = run
+    good = final(path.parent)
     for config in ({"batch": "8"}, {"lr": None}, {"layer": 3}, {"dataset": ["cifar100"]}, {"no_field": 1}, None, [1], {1: 2}):
-        torch.save({**final(path.parent), "config": config}, path.with_name("odd.pt"))
-        assert "odd.pt" in ends_with_one_line(script, ["--sample", path.with_name("odd.pt")], capsys)
+        torch.save({**good, "config": config}, path)
+        for words in (["--sample", path], ["--resume", "--out", path.parent]):
+            assert str(path) in ends_with_one_line(script, words, capsys)
+    torch.save([1], path)
+    assert "is no checkpoint" in ends_with_one_line(script, ["--resume", "--out", path.parent], capsys)
     with pytest.raises(script.UserError, match="--lr '1e-3': must be of type float"):
         script.make_config(lr="1e-3")
 
@@ -172,8 +180,9 @@ def test_full_disk(script, run, capsys):
 @each
 def test_leftover_parts_do_no_harm(script, run, capsys):
     small, path = run
-    path.with_name(".last.pt.part").write_bytes(b"left by a killed run")
-    assert goes_on(script, small, capsys) is True and not path.with_name(".last.pt.part").exists()
+    left = path.with_name(".last.pt.elsewhere.1.part")
+    left.write_bytes(b"of a killed run")
+    assert goes_on(script, small, capsys) is True and not left.exists()
 
 
 @each
@@ -225,9 +234,42 @@ def test_weights_that_are_not_finite_are_never_saved(script, run, capsys, monkey
 @pytest.mark.parametrize("script", ["uvit_sc"], indirect=True)
 def test_out_of_memory_is_one_line(script, small, capsys, monkeypatch):
     def greedy(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
     monkeypatch.setattr(script, "train", greedy)
-    assert "a larger --accum or a smaller --batch needs less" in ends_with_one_line(script, flags(small), capsys)
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")):
+        assert "training needs less with a larger --accum or a smaller --batch" in ends_with_one_line(script, flags(small), capsys)
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        script.main(flags(small))
+
+
+@pytest.mark.parametrize("script", ["uvit_sc"], indirect=True)
+def test_after_an_exception_the_folder_and_the_signals_are_free(script, run, monkeypatch):
+    """In a notebook that keeps the exception: the next run may start, and Ctrl-C works."""
+    small, path = run
+    before, sample = signal.getsignal(signal.SIGINT), script.sample
+    monkeypatch.setattr(script, "sample", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        script.train(script.make_config(**small, steps=3))
+    assert kept and signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(script, "sample", sample)
+    assert script.train(script.make_config(**small, steps=4)) == 0
+
+
+def test_machines_that_do_not_share_the_folder(small, tmp_path):
+    """Two processes that see different states: both end at once, and neither file is touched."""
+    import uvit_sc
+    for name, steps in (("a", 2), ("b", 3)):
+        uvit_sc.train(uvit_sc.make_config(**{**small, "out": str(tmp_path / name)}, steps=steps))
+    before = [(tmp_path / name / "last.pt").read_bytes() for name in "ab"]
+    (tmp_path / "two.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport uvit_sc\n"
+        f"sys.exit(uvit_sc.main({flags({**small, 'steps': 9})!r} + ['--out', {str(tmp_path)!r} + '/' + 'ab'[uvit_sc.RANK]]))")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
+                           "--rdzv_endpoint=localhost:0", str(tmp_path / "two.py")], capture_output=True, text=True, timeout=60)
+    assert done.returncode and "processes find states of steps 2 and 3" in done.stderr and "one folder that all machines see" in done.stderr
+    assert before == [(tmp_path / name / "last.pt").read_bytes() for name in "ab"]
 
 
 def wait_for(condition, seconds=60):
@@ -239,7 +281,7 @@ def wait_for(condition, seconds=60):
 
 def workers(process):
     """The processes that torchrun has started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
 def test_a_process_of_two_dies(small):
@@ -250,7 +292,7 @@ def test_a_process_of_two_dies(small):
     os.kill(workers(process)[1], signal.SIGKILL)
     began = time.time()
     status, out, err = finish(process)
-    assert status != 0 and time.time() - began < 60 and "process 0 has lost another one" in err and "Traceback" not in err.split("torch")[0]
+    assert status != 0 and time.time() - began < 60 and "process 0 has lost another one" in err and not re.search(r"File .*uvit_sc\.py", err)
     step = final(small["out"])["step"]
     status, out, err = finish(launch("uvit_sc", flags({**small, "steps": step + 3})))
     assert status == 0 and f"resumed at step {step}" in out
@@ -326,7 +368,8 @@ def test_odd_names_and_bombs_among_images(tmp_path, capsys):
     import struct
     import zlib
     import uvit_sc
-    names = ["with space.png", "été.png", "図.png", os.fsdecode(b"byte\xff.png"), "-rf.png", "a;b&c.png", "new\nline.png"]
+    names = ["with space.png", "été.png", "図.png", "-rf.png", "a;b&c.png", "new\nline.png"]
+    names += [os.fsdecode(b"byte\xff.png")] * (sys.platform == "linux")
     for split in ("train", "val"):
         folder = tmp_path / split / "Ünï çødé"
         folder.mkdir(parents=True)
@@ -423,7 +466,7 @@ def fuzz(script, chance, capsys, monkeypatch, times):
 def test_fuzzed_command_lines(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert fuzz(script, random.Random(script.SCRIPT), capsys, monkeypatch, 25) > 8
-    assert not [p for p in tmp_path.rglob("*") if p.name not in ("data", "runs")], "something was written"
+    assert not [p for p in tmp_path.rglob("*") if p.name != "data"], "something was written"     # a folder for latents
 
 
 def test_no_code_from_files_and_no_shell():

@@ -505,7 +505,9 @@ def test_detector_files_that_do_not_fit(tmp_path, monkeypatch):
     side = fid.Side("photos", 20, None, load=lambda train: (images, labels), hash="1234")
     assert fid.load_detector(side, tmp_path).classes == 20
     path, = tmp_path.glob("detector-*.pt")
-    for contents in (dict(model=fid.TinyDetector(32, 7).state_dict(), accuracy=1.0), dict(model=[1]), dict(accuracy=1.0), [1]):
+    good = fid.TinyDetector(32, 20).state_dict()
+    for contents in (dict(model=fid.TinyDetector(32, 7).state_dict(), accuracy=1.0), dict(model=[1], accuracy=1.0), dict(accuracy=1.0), [1],
+                     dict(model=good), dict(model={1: 2}, accuracy=1.0), dict(model=good, accuracy="high")):
         torch.save(contents, path)
         with pytest.raises(fid.UserError, match="is no detector of these images; delete it"):
             fid.load_detector(side, tmp_path)
