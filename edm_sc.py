@@ -259,8 +259,9 @@ def list_folders(cfg, train):
     kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
     files = []
 
-    def stop(error):        # what cannot be listed is not passed over
-        raise error
+    def stop(error):        # a folder that cannot be read is not passed over; one that is not there has no images
+        if not isinstance(error, FileNotFoundError):
+            raise error
     for label, name in enumerate(classes):      # strings, as a million Paths take a minute
         found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name, onerror=stop) for file in here
                  if file.lower().endswith(kinds) and not file.startswith(".")]
@@ -1268,7 +1269,7 @@ def read_config(path, *parts):
     """The config of a checkpoint of this script that has some parts."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", *parts} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)}")
+        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)} weights")
     try:
         return make_config(**state["config"])
     except (UserError, TypeError) as error:

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import edm_sc
 import uvit_sc
-from conftest import SCRIPTS, SMALL, SMALL_DIT, SMALL_UNET, finish, flags, launch, losses
+from conftest import SMALL, SMALL_DIT, SMALL_UNET, finish, flags, launch, losses
 
 
 def learner(script, small, **fields):
@@ -168,7 +168,7 @@ def test_edm_learns_its_weights_with_augmentation_alone():
     assert (weighting(loss, c) - (1 + loss.log())).abs().mean() < 0.01      # loss / loss + ln loss
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name in ("edm_sc", "uvit_sc", "dit_latent_sc")])       # all kinds of heads
+@pytest.mark.parametrize("name", ["edm_sc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uvit_sc", "dit_latent_sc"))])
 def test_processes_agree(name, small, photos, cifar, tmp_path):
     """One process with 8 images and two with 4: the same losses, and the same gradients of every weight, heads included.
     After one step Adam's first moment is 0.1 times the gradient."""
