@@ -1,4 +1,4 @@
-"""Many faults, some fifteen minutes of them: python -m pytest -q -s tests --slow. A table of what was injected, how often
+"""Many faults, a quarter of an hour and more of them: python -m pytest -q -s tests --slow. A table of what was injected, how often
 and with what outcome is printed."""
 import collections
 import contextlib
@@ -62,7 +62,7 @@ def test_killed_in_the_middle_of_writing(script, small, tmp_path):
     script.train(whole)
     last = Path(small["out"], "last.pt")
     for point in ("write", "fsync", "replace"):
-        for k in ([chance.randint(2, 400) for _ in range(6)] if point == "write" else (1, 2, 3, 4)):
+        for k in ([chance.randint(2, 400) for _ in range(4)] if point == "write" else (1, 3)):
             text = DEADLY.format(root=str(ROOT), script=script.SCRIPT, k=k, point=point, argv=flags(small))
             process = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
             assert process.returncode in (-signal.SIGKILL, 0), process.stderr
@@ -75,7 +75,7 @@ def test_killed_in_the_middle_of_writing(script, small, tmp_path):
     a, b = final(tmp_path / "whole"), final(small["out"])
     assert a["step"] == b["step"] and same(a["ema"], b["ema"]) and same(a["optimizer"], b["optimizer"])
     assert losses(tmp_path / "whole") == losses(small["out"])
-    assert sum(n for k, n in outcomes.items() if k.startswith("killed")) >= 8
+    assert sum(n for k, n in outcomes.items() if k.startswith("killed")) >= 5
     tell(f"SIGKILL while {script.SCRIPT} writes", outcomes)
 
 
@@ -83,7 +83,7 @@ def test_killed_at_random_moments(script, small, tmp_path):
     small = {**small, "epochs": 25, "save_every": 1, "sample_every": 1000}
     script.train(script.make_config(**{**small, "out": str(tmp_path / "whole")}))
     log, chance, outcomes = Path(small["out"], "log.jsonl"), random.Random(script.SCRIPT), collections.Counter()
-    for _ in range(8):
+    for _ in range(6):
         process, before = launch(script.SCRIPT, flags(small)), log.read_text().count("\n") if log.exists() else 0
         more = chance.uniform(3, 15)
         wait_for(lambda: process.poll() is not None or log.exists() and log.read_text().count("\n") > before + more)
@@ -188,8 +188,8 @@ def test_two_machines(small, tmp_path):
 
 def test_many_fuzzed_command_lines(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    refused = fuzz(script, random.Random(f"slow {script.SCRIPT}"), capsys, monkeypatch, 600)
-    tell(f"random command lines of {script.SCRIPT}", dict(refused=refused, valid=600 - refused), capsys)
+    refused = fuzz(script, random.Random(f"slow {script.SCRIPT}"), capsys, monkeypatch, 400)
+    tell(f"random command lines of {script.SCRIPT}", dict(refused=refused, valid=400 - refused), capsys)
 
 
 def test_fuzzed_runs(script, small, capsys, tmp_path):
@@ -202,7 +202,7 @@ def test_fuzzed_runs(script, small, capsys, tmp_path):
                   beta2=[0, 0.999], save_every=[1, 9], sample_every=[1, 9], seed=[0, 2**32 - 1], uncond=[None], guidance=[0, 1, 3],
                   pos_init=["normal", "sincos"], patch=[4, 8, 16], cell=[2, 4, 8], tol=[1e-3, 1], time_scale=[1e-3, 1], tokenizer=["unshuffle"])
     known = [name for name in values if hasattr(script.Config, name)]
-    for i in range(40):
+    for i in range(25):
         fields = {**small, "steps": 2, "out": str(tmp_path / f"run{i}")}
         fields |= {name: chance.choice(values[name]) for name in chance.sample(known, chance.randint(1, 4))}
         argv = [word for name, value in fields.items() for word in ([f"--{name}"] if value is None else [f"--{name}", str(value)])]
@@ -214,5 +214,5 @@ def test_fuzzed_runs(script, small, capsys, tmp_path):
             err = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith(script.SCRIPT)]
             assert end.code == 2 and len(err) == 1 and not Path(fields["out"]).exists(), (argv, err)
             outcomes["refused"] += 1
-    assert outcomes["trained"] >= 8
+    assert outcomes["trained"] >= 5
     tell(f"random settings, two steps, {script.SCRIPT}", outcomes, capsys)

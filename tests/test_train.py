@@ -65,7 +65,7 @@ def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
 
 def test_kills(small, tmp_path):
     """SIGKILL at random moments, twice; the run that ends at last has the weights of one that was never interrupted.
-    The loop is the same text in every script; once is enough. (test_faults_slow.py kills each of them eight times.)"""
+    The loop is the same text in every script; once is enough. (test_faults_slow.py kills each of them six times.)"""
     script = importlib.import_module("uvit_sc")
     small = {**small, "epochs": 12, "save_every": 1, "sample_every": 1000}      # 96 steps, a save after each 8
     whole = launch(script.SCRIPT, flags({**small, "out": tmp_path / "whole"}))
