@@ -156,21 +156,22 @@ def test_bad_input(run, arguments, says, capsys, tmp_path, monkeypatch):
     assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("probe: ") and says in err
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path):
+@pytest.mark.parametrize("draws, where", [
+    (2, ["--layers", "out_1", "token_1", "cls_2"]), pytest.param(4, ["--layers", "out_1", "--times", 1, 11], marks=pytest.mark.slow)])
+def test_two_processes_find_what_one_finds(run, tmp_path, draws, where):
     """Three layers for two processes with draws kept (2 of 4 epochs), and one layer, so that a process has no head, with
     draws used once (4 of 4): the same table and accuracy."""
-    for draws, where in ((2, ["--layers", "out_1", "token_1", "cls_2"]), (4, ["--layers", "out_1", "--times", 1, 11])):
-        for processes in (1, 2):
-            out = tmp_path / f"{draws}-{processes}"
-            arguments = [run / "last.pt", *where, "--draws", draws, "--epochs", 4, "--device", "cpu", "--out", out]
-            if processes == 1:
-                probe.main([*map(str, arguments)])
-                continue
-            status, _, err = finish(launch("probe", arguments, processes))
-            assert status == 0, err[-2000:]
-        one, two = (json.loads((tmp_path / f"{draws}-{n}" / "probe.json").read_text()) for n in (1, 2))
-        for key in ("accuracy", "raw_pixels", "knn", "t", "layer", "held_out_accuracy"):
-            assert one[key] == two[key], key
+    for processes in (1, 2):
+        out = tmp_path / f"{draws}-{processes}"
+        arguments = [run / "last.pt", *where, "--draws", draws, "--epochs", 4, "--device", "cpu", "--out", out]
+        if processes == 1:
+            probe.main([*map(str, arguments)])
+            continue
+        status, _, err = finish(launch("probe", arguments, processes))
+        assert status == 0, err[-2000:]
+    one, two = (json.loads((tmp_path / f"{draws}-{n}" / "probe.json").read_text()) for n in (1, 2))
+    for key in ("accuracy", "raw_pixels", "knn", "t", "layer", "held_out_accuracy"):
+        assert one[key] == two[key], key
 
 
 def test_several_checkpoints(run, tmp_path, capsys):

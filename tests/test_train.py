@@ -63,6 +63,7 @@ def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
     assert losses(whole.out) == losses(halves.out) and len(losses(whole.out)) == 12
 
 
+@pytest.mark.slow
 def test_kills(small, tmp_path):
     """SIGKILL at random moments, twice; the run that ends at last has the weights of one that was never interrupted.
     The loop is the same text in every script; once is enough. (test_faults_slow.py kills each of them six times.)"""
@@ -148,7 +149,8 @@ def test_nonfinite_gradients_are_skipped(script, small, monkeypatch):
     assert (Path(small["out"]) / "last.pt").read_bytes() == saved
 
 
-@pytest.mark.parametrize("script, amp", [(name, "bf16") for name in SCRIPTS] + [("edm_sc", "fp16"), ("dit_latent_sc", "fp16")],
+@pytest.mark.parametrize("script, amp", [*((name, "bf16") for name in ("edm_sc", "uvit_sc", "dit_latent_sc")), ("edm_sc", "fp16"),
+                                         ("dit_latent_sc", "fp16"), *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("ddpm_sc", "rf_sc"))],
                          indirect=["script"])
 def test_mixed_precision(script, small, amp):
     """Both run on the CPU as well; weights stay float32 and the losses stay near those of float32."""
