@@ -14,6 +14,11 @@ import torch
 from conftest import SCRIPTS, finish, flags, launch, losses
 
 
+# The loop is one text in all scripts (test_copies.py): what follows it is tried with one, or one of each kind, and with the others by --slow.
+one, kinds = (pytest.mark.parametrize("script", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+                                      indirect=True) for fast in (["uvit_sc"], ["edm_sc", "uvit_sc", "dit_latent_sc"]))
+
+
 def final(run):
     return torch.load(Path(run) / "last.pt", weights_only=True)
 
@@ -43,12 +48,14 @@ def test_run_folder(script, small):
     assert set(line) == {"step", "epoch", "loss", "loss_by_time", "lr", "grad_norm", "images_per_second"} and line["epoch"] == 2
 
 
+@one
 def test_steps_rule_over_epochs(script, small):
     cfg = script.make_config(**small, steps=3)
     script.train(cfg)
     assert final(cfg.out)["step"] == 3
 
 
+@kinds
 def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
     """N + N steps are 2N steps, bit for bit, with dropout, augmentation and contrast; the log as well."""
     small = {**small, "dropout": 0.1, "aug": 0.5, "cl": 0.01, "cl_hidden": 32}
@@ -101,6 +108,7 @@ def test_signals_save_and_leave(small, number):
     assert final(small["out"])["step"] >= 5
 
 
+@one
 def test_other_config_is_refused_by_name(script, small):
     script.train(script.make_config(**small, steps=1))
     with pytest.raises(script.UserError, match=r"lr \(0.0004 there, 0.001 now\).*seed \(0 there, 3 now\)|"
@@ -127,6 +135,7 @@ def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path
             assert (a - b).abs().max() < 1e-4, name
 
 
+@one
 def test_nonfinite_gradients_are_skipped(script, small, monkeypatch):
     """A NaN step changes no weight and the run goes on; ten in a row end it with the last good checkpoint untouched."""
     script.train(script.make_config(**small, steps=4))
@@ -210,6 +219,7 @@ def test_weight_decay_groups():
     assert "pos_embed" not in names and not any(name.endswith("bias") for name in names)
 
 
+@one
 def test_resume_without_log_or_loss_scale(script, small):
     """last.pt alone is enough; a run begun without loss scaling goes on where fp16 needs it, and --init is not read again."""
     script.train(script.make_config(**small, steps=2))
