@@ -84,6 +84,10 @@ def test_positions_and_rotations():
     turned, a, b = dit.rotate(x, torch.complex(cos, sin)[:, ::2]), x[..., ::2], x[..., 1::2]
     assert torch.allclose(turned[..., ::2], a * cos[:, ::2] - b * sin[:, ::2], atol=1e-6)
     assert torch.allclose(turned[..., 1::2], a * sin[:, ::2] + b * cos[:, ::2], atol=1e-6)
+    seen = []
+    net.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    net(torch.randn(1, *net.shape), torch.tensor([0.5]))
+    assert torch.equal(torch.view_as_real(seen[0]), torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1))
     assert not net.pos_embed.requires_grad
 
 

@@ -384,6 +384,42 @@ def test_odd_names_and_bombs_among_images(tmp_path, capsys):
     assert "cannot be decoded" in line and "exceeds limit" in line
 
 
+def test_folders_that_cannot_be_listed_are_told(photos, monkeypatch):
+    """They are not passed over in silence: training would go on with fewer images."""
+    import uvit_sc
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(os.sep + "b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(uvit_sc.UserError, match="Permission denied: .*train/b"):
+        uvit_sc.load_data(uvit_sc.make_config("folder", data_dir=str(photos), size=8, patch=8), train=True)
+
+
+def test_decoded_images_that_another_machine_has_written_stay(photos, tmp_path, monkeypatch):
+    """It may have mapped them: to replace the file would pull it from under its feet."""
+    import shutil
+    import uvit_sc
+    root = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for left in root.glob("*.u8"):
+        left.unlink()
+    cfg, crop, theirs = uvit_sc.make_config("folder", data_dir=str(root), size=8, patch=8), uvit_sc.centre_crop, []
+    uvit_sc.load_data(cfg, train=True)
+    file, = root.glob("*.u8")
+    file.rename(tmp_path / "saved")
+
+    def meanwhile(image, size):
+        if not file.exists():
+            shutil.copy(tmp_path / "saved", file)
+            theirs.append(file.stat().st_ino)
+        return crop(image, size)
+    monkeypatch.setattr(uvit_sc, "centre_crop", meanwhile)
+    uvit_sc.load_data(cfg, train=True)
+    assert file.stat().st_ino in theirs and not list(root.glob(".*.part"))
+
+
 @pytest.mark.parametrize("kind", ["hang", "html", "endless", "loop", "elsewhere"])
 def test_mirrors_that_misbehave(tmp_path, monkeypatch, kind):
     """A server that accepts and never answers, serves a page, never ends, redirects to itself or, rightly, elsewhere."""
