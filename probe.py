@@ -145,7 +145,11 @@ def probe(module, cfg, net, args):
     """The whole protocol for one network; returns the result as a dict of plain types."""
     with module.one_process_first():
         images, labels = module.load_data(cfg, train=True)
-    names, classes, N = list(args.layers), int(labels.max()) + 1, len(labels)
+    names, classes = list(args.layers), int(labels.max()) + 1
+    if args.n and args.n < len(labels):
+        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:args.n].sort()[0]
+        images, labels = images[some], labels[some]
+    N = len(labels)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(args.seed))
     tenth, everyone = max(1, N // 10), torch.arange(N)
     held, rest = order[:tenth], order[tenth:].sort()[0]
@@ -300,6 +304,8 @@ def parse_command_line(argv):
     parser.add_argument("--layers", nargs="+", help="such as out_2 cls_2 token_2 (default: all but token_*)")
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
     parser.add_argument("--tokens", action="store_true", help="also one random position of each map (Fig. 4)")
+    parser.add_argument("--n", "--images", type=int, help="training images, drawn at random, for the heads (all); torchrun "
+                        "would take --n for its own")
     parser.add_argument("--draws", type=int, help="of flips and noise (a tenth of the epochs, or 2; paper: all)")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
     parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440; glyphs 128)")
@@ -316,7 +322,7 @@ def parse_command_line(argv):
         fail(f"unrecognized arguments: {' '.join(args.fields)}")
     if bool(args.script) != bool(args.init):
         fail("--script and --init go together")
-    limits = dict(draws=(1, 999), epochs=(1, 10**6), batch=(1, 10**9), lr=(0, 1000), seed=(0, 2**31))
+    limits = dict(n=(10, 10**9), draws=(1, 999), epochs=(1, 10**6), batch=(1, 10**9), lr=(0, 1000), seed=(0, 2**31))
     for name, (low, high) in limits.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             fail(f"--{name} {getattr(args, name)}: must lie between {low} and {high}")

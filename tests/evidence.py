@@ -1,0 +1,249 @@
+"""The paper's claims as small experiments: a queue of runs that can be stopped at any time and goes on where it stopped.
+
+    python tests/evidence.py                # works through the queue, on one core; start it once for each core
+    python tests/evidence.py list           # what is done and what is not
+    python tests/evidence.py readme         # writes the tables into README.md, from assets/results/
+
+A run is a name such as "uvit cls aug cl" and a seed. Data: Fashion-MNIST in 16 x 16
+pixels; dit_latent_sc.py reads no such files and has glyphs. A run trains, then is measured: denoising loss
+on all test images with fixed times and noise; linear probe of all layers, the layer chosen on held-out training images; FD-tiny of
+1,000 samples. The line of assets/results/runs.jsonl holds what was measured, and the commands that measured it repeat it.
+"""
+import collections
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "assets" / "results" / "runs.jsonl"
+
+# ---- 1. The runs -----------------------------------------------------------------------------------------------------
+
+FASHION = "--dataset fashion_mnist --size 16"
+UNET = f"{FASHION} --steps 1000 --warmup 0.1"
+SCRIPTS = {     # name: script, budget; --nfe: of the samples, fewer than the paper's
+    "ddpm": ("ddpm_sc", f"{UNET} --nfe 25"), "edm": ("edm_sc", f"{UNET} --nfe 19"), "rf": ("rf_sc", f"{UNET} --nfe 20"),
+    "uvit": ("uvit_sc", f"{FASHION} --epochs 1 --warmup 0.1 --nfe 25"),
+    "dit": ("dit_latent_sc", "--dataset glyphs --epochs 3 --uncond --nfe 20"),
+}
+OPTIONS = {     # a word of a run's name: flags
+    "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
+    **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
+    "A": "", "C": "",       # arrangements of the adaptive addition, see ARRANGEMENTS
+}
+TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
+BASELINES = [f"{name.split()[0]} none" for name in TABLE2]
+TABLE3 = [f"edm {sc}{more}" for sc in ("none", "adaptive") for more in ("", " aug", " aug cl")]
+TABLE3 += [f"uvit {sc}{more}" for sc in ("none", "cls") for more in ("", " aug", " cl", " aug cl")]
+TABLE3 = [f"{name} gap" if "none" in name and " cl" in name and "uvit" in name else name for name in TABLE3]
+TABLES = {      # table: rows of (run, what it is compared with)
+    "table2": [(name, base) for method, baseline in zip(TABLE2, BASELINES) for name, base in ((baseline, None), (method, baseline))],
+    "table3": [(name, None if name in BASELINES else f"{name.split()[0]} none") for name in TABLE3],
+    "table7a": [(f"{model} {method}", None if method == "none" else f"{model} none") for model in ("ddpm", "edm", "rf")
+                for method in ("none", "add", "adaptive")],
+    "table7bce": [("edm adaptive aug cl", None), ("edm adaptive aug cl plain", "edm adaptive aug cl"),
+                  ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
+    "arrangement": [("edm none", None), ("edm adaptive", "edm none"), ("edm adaptive A", "edm none"), ("edm adaptive C", "edm none")],
+}
+QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
+    (range(3), [name for pair in zip(BASELINES, TABLE2) for name in pair]),
+    (range(3), [name for name, _ in TABLES["arrangement"]]),
+    (range(3), [name for name in TABLE3 if "edm" not in name]),
+    (range(3), [name for name, _ in TABLES["table7a"]]),
+    (range(3), [name for name in TABLE3 if "edm" in name]),
+    (range(3), [name for name, _ in TABLES["table7bce"]]),
+    (range(5), ["uvit none", "uvit cls", "edm none", "edm adaptive"]),
+]
+
+# The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
+# projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer.
+SCALE = '''class Scale(TimeEmbedding):
+    def __init__(self, width, E):
+        super().__init__(width, E)
+        self.lin2 = nn.Identity()
+
+    def forward(self, c):
+        angles = c.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(self.frequencies) / (self.frequencies - 1))
+        return self.lin1(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def group_norm(C):
+'''
+ARRANGEMENTS = {    # edits of edm_sc.py
+    "A": {"def group_norm(C):\n": SCALE, "self.sc_time = TimeEmbedding(": "self.sc_time = Scale(",
+          "self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Sequential(nn.Linear(self.D, E), nn.SiLU(), nn.Linear(E, E))"},
+    "C": {"def group_norm(C):\n": SCALE, "self.sc_time = TimeEmbedding(": "self.sc_last = nn.Linear(E, E); self.sc_time = Scale(",
+          "e = e + s * self.sc_proj(f)": "e = e + self.sc_last(s * self.sc_proj(f))"},
+}
+
+
+def jobs():
+    return list(dict.fromkeys((name, seed) for seeds, names in QUEUE for seed in seeds for name in names))
+
+
+def commands(name, seed):
+    """The folder in which a run takes place, and its commands: training, loss, probe, FD."""
+    model, *words = name.split()
+    script, budget = SCRIPTS[model]
+    arrangement = next((word for word in words if word in ARRANGEMENTS), None)
+    folder = f"runs/evidence/arrangement{arrangement}" if arrangement else "."
+    up = "../../../" if arrangement else ""
+    out = f"{'' if arrangement else 'runs/evidence/'}{name.replace(' ', '-')}-s{seed}"
+    flags = " ".join(OPTIONS[word] for word in words if OPTIONS[word])
+    return folder, [
+        f"python {script}.py {budget} {flags} --seed {seed} --data_dir {up}data --out {out}",
+        f"python {up}tests/evidence.py loss {out}/last.pt",
+        f"python probe.py {out}/last.pt --n 10000 --batch 128 --draws 2 --no-raw",
+        f"python fid.py {out}/last.pt --detector tiny --n 1000 --json {out}/fid.json"]
+
+
+# ---- 2. The work -----------------------------------------------------------------------------------------------------
+
+def prepare(folder):
+    """Arrangements are run by edited copies: each script needs no other file."""
+    if folder != ".":
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        for file in ("probe.py", "fid.py"):
+            (ROOT / folder / file).write_text((ROOT / file).read_text())
+        text = (ROOT / "edm_sc.py").read_text()
+        for old, new in ARRANGEMENTS[folder[-1]].items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (ROOT / folder / "edm_sc.py").write_text(text)
+
+
+def run(name, seed):
+    """Trains, if need be on from where a stopped run was, and measures: a dict of plain values."""
+    folder, lines = commands(name, seed)
+    prepare(folder)
+    environment, seconds = dict(os.environ, OMP_NUM_THREADS="1"), []
+    for line in lines:
+        began = time.time()
+        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT / folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{line}\n{done.stderr[-3000:]}")
+        seconds.append(round(time.time() - began))
+    out = ROOT / folder / lines[1].split()[-1].removesuffix("/last.pt")
+    loss, probe, fid = (json.loads((out / f"{kind}.json").read_text()) for kind in ("loss", "probe", "fid"))
+    curve = dict(zip(probe["layers"], probe["held_out_accuracy"][0]))
+    return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], accuracy=probe["accuracy"], knn=probe["knn"],
+                t=probe["t"], layer=probe["layer"], held_out=curve, fd_tiny=fid["value"], floor=fid["floor"],
+                parameters=loss["parameters"], seconds=seconds, folder=folder, commands=lines)
+
+
+def measure_loss(path):
+    """Writes loss.json beside a checkpoint: the mean denoising loss of all test images, one time and noise for each, the same for all
+    networks of a formulation; by quarters of the training times (Fig. 6); and the number of parameters."""
+    import torch
+    sys.path.insert(0, os.getcwd())
+    module = importlib.import_module(torch.load(path, map_location="cpu", weights_only=True)["script"])
+    cfg, net = module.load_checkpoint(path)
+    images, _ = module.load_data(cfg, train=False)
+    diffusion, losses, quarters = module.Diffusion(cfg), [], []
+    with torch.inference_mode():
+        for i in range(0, len(images), 500):
+            gen, n = module.rng(0, i, 6), len(images[i:i + 500])
+            x, _ = module.make_view(images[i:i + 500], None, dict(flip=torch.zeros(n, dtype=torch.bool)))
+            t, noise = diffusion.draw_t(n, gen), torch.randn(x.shape, generator=gen)
+            losses.append(diffusion.loss(net, x, t, noise))
+            quarters.append(sum((t > limit).long() for limit in diffusion.quartiles))
+    loss, quarter = torch.cat(losses), torch.cat(quarters)
+    Path(path).with_name("loss.json").write_text(json.dumps(dict(
+        loss=loss.mean().item(), by_time=[loss[quarter == k].mean().item() for k in range(4)],
+        parameters=sum(p.numel() for p in net.parameters()))))
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Whether this process is the only one here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+
+
+def results():
+    """{(name, seed): what was measured}."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {(r["name"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def work():
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for name, seed in jobs():
+        with alone(ROOT / "runs" / "evidence" / f"{name.replace(' ', '-')}-s{seed}.lock") as mine:
+            if not mine or (name, seed) in results():
+                continue
+            result = run(name, seed)
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{name}, seed {seed}: loss {result['loss']:.5f}, probe {result['accuracy']:.2f} % ({result['layer']}), "
+                  f"FD-tiny {result['fd_tiny']:.2f}, {result['seconds']} s", flush=True)
+
+
+# ---- 3. The tables ---------------------------------------------------------------------------------------------------
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}         # 97.5 % quantile of Student's t for n pairs
+
+
+def cell(values, digits):
+    mean = statistics.mean(values)
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def difference(pairs, digits, relative=False):
+    """Mean of the paired differences and half the width of its 95 % confidence interval; bold if 0 is outside."""
+    values = [100 * (b / a - 1) if relative else b - a for a, b in pairs]
+    if len(values) < 2:
+        return f"{values[0]:+.{digits}f}" if values else ""
+    mean, half = statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def table(rows):
+    """A Markdown table: mean and standard deviation over seeds, and paired differences (same seeds) with their interval."""
+    found = collections.defaultdict(dict)
+    for (name, seed), r in results().items():
+        found[name][seed] = r
+    lines = ["| run | seeds | held-out loss | difference, % | probe, % | difference | FD-tiny | difference |", "|---|---|---|---|---|---|---|---|"]
+    for name, base in rows:
+        runs, others = found[name], found[base] if base else {}
+        if not runs:
+            continue
+        shared = sorted(set(runs) & set(others))
+        pairs = lambda key: [(others[s][key], runs[s][key]) for s in shared]
+        get = lambda key: [runs[s][key] for s in sorted(runs)]
+        lines.append(f"| `{name}` | {len(runs)} | {cell(get('loss'), 5)} | {difference(pairs('loss'), 2, True)} | "
+                     f"{cell(get('accuracy'), 2)} | {difference(pairs('accuracy'), 2)} | {cell(get('fd_tiny'), 2)} | {difference(pairs('fd_tiny'), 2)} |")
+    return "\n".join(lines)
+
+
+def fill(text):
+    """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
+    return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(TABLES[m[2]]) + "\n" + m[3], text, flags=re.S)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or ["work"]
+    if what == "loss":
+        measure_loss(*rest)
+    elif what == "list":
+        for job in jobs():
+            print("done" if job in results() else "    ", *job)
+    elif what == "readme":
+        (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
+    else:
+        work()
