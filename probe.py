@@ -306,7 +306,7 @@ def parse_command_line(argv):
     parser.add_argument("--tokens", action="store_true", help="also one random position of each map (Fig. 4)")
     parser.add_argument("--n", "--images", type=int, help="training images, drawn at random, for the heads (all); torchrun "
                         "would take --n for its own")
-    parser.add_argument("--draws", type=int, help="of flips and noise (a tenth of the epochs, or 2; paper: all)")
+    parser.add_argument("--draws", type=int, help="of flips and noise (2; the paper: one for each epoch)")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
     parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440; glyphs 128)")
     parser.add_argument("--lr", type=float, help="of Adam, at first (4e-3; 2e-3 on latents of ImageNet: Table 11)")
@@ -342,7 +342,7 @@ def settle(module, cfg, args):
     latents = hasattr(cfg, "tokenizer") and cfg.dataset != "glyphs"
     args.batch = args.batch or (1440 if latents else 128 if cfg.dataset == "glyphs" else 512)
     args.lr = (2e-3 if latents else 4e-3) if args.lr is None else args.lr
-    args.draws = args.draws or min(args.epochs, max(2, args.epochs // 10))      # README shows what more would bring
+    args.draws = args.draws or min(args.epochs, 2)      # README shows what more would bring
     if args.draws > args.epochs:
         fail(f"--draws {args.draws}: only {args.epochs} could be used, one in each of --epochs {args.epochs}")
     if odd := [layer for layer in args.layers or [] if layer not in known]:

@@ -90,6 +90,20 @@ def test_one_cell_needs_no_choice(run):
     assert (result["layer"], result["t"]) == ("out_2", 11) and not (run / "probe.png").exists()
 
 
+def test_few_training_images(run, monkeypatch):
+    """--n takes so many at random, the same for the same seed, and no image of the rest is looked at."""
+    seen, true_extract = [], probe.extract
+    monkeypatch.setattr(probe, "extract", lambda module, net, images, *rest, **more: seen.append(images) or true_extract(module, net, images, *rest, **more))
+    for seed in ("0", "0", "1"):
+        probe.main([str(run / "last.pt"), "--layers", "out_2", "--n", "20", "--draws", "1", "--epochs", "1", "--seed", seed, "--device", "cpu"])
+        result = json.loads((run / "probe.json").read_text())
+        assert (result["train_images"], result["test_images"]) == (20, 32)
+    train = [images for images in seen if len(images) == 20]
+    assert len(train) == 3 and torch.equal(train[0], train[1]) and not torch.equal(train[0], train[2])
+    everything = {image.numpy().tobytes() for image in uvit_sc.load_data(uvit_sc.load_checkpoint(run / "last.pt")[0], train=True)[0]}
+    assert {image.numpy().tobytes() for image in train[0]} <= everything and not torch.equal(train[0], seen[-1][:20])
+
+
 def test_test_labels_do_not_touch_the_choice(run, monkeypatch):
     """Test labels replaced by noise change the accuracy alone."""
     arguments = [str(run / "last.pt"), "--draws", "1", "--epochs", "2", "--device", "cpu", "--times", "1", "21"]

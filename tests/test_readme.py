@@ -1,13 +1,17 @@
 """README: its commands parse, its files exist, and CI runs the very line it prints."""
+import dataclasses
+import functools
 import importlib
 import re
 import shlex
 
 import pytest
+import torch
 
+import evidence
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+RAW = README = (ROOT / "README.md").read_text()
 SHORT = re.search(r'^S="(.*)"$', README, re.M)[1]        # a command that the lines behind it extend
 README = re.sub(r"\$S\b", lambda _: SHORT, README.replace(f'S="{SHORT}"', ""))
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
@@ -42,5 +46,65 @@ def test_commands_parse(command, monkeypatch):
 
 
 def test_pictures_and_links_exist():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^##+ (.*)$", README, re.M)}
+    for path in re.findall(r"(?:\]\(|href=\")(?!http)([^)\"]+)[)\"]", README):
+        assert path[1:] in anchors if path.startswith("#") else (ROOT / path).exists(), path
+
+
+def test_idea_is_quoted():
+    """The lines that README shows as the idea stand in the scripts, in this order."""
+    quotes = re.findall(r"<!-- quote (\w+\.py) -->\n```python\n(.*?)```", README, re.S)
+    assert [name for name, _ in quotes] == ["edm_sc.py", "uvit_sc.py"]
+    for name, text in quotes:
+        lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
+        place = -1
+        for line in filter(None, map(str.strip, text.splitlines())):
+            place = lines.index(line, place + 1)
+
+
+def test_python_blocks_are_python():
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        compile(block, "README.md", "exec")
+
+
+def test_map_of_the_paper():
+    """Every equation, table and figure has a place, and what is named there exists."""
+    rows = [row for row in re.search(r"### Where the paper is\n(.*?)\n## ", README, re.S)[1].splitlines() if row.startswith("| ")][1:]
+    paper = " ".join(row.split("|")[1] for row in rows)
+    for name in [f"Eq. ({i})" for i in (1, 2)] + [f"Table {i}" for i in range(1, 12)] + [f"Fig. {i}" for i in range(1, 9)]:
+        assert re.search(re.escape(name) + r"(?!\d)", paper), name
+    fields = {f.name for module in map(importlib.import_module, ("edm_sc", "uvit_sc")) for f in dataclasses.fields(module.Config)}
+    named = 0
+    for code in re.findall(r"`([^`]+)`", "".join(rows)):
+        if match := re.fullmatch(r"(\w+_sc|probe|fid)\.([\w.]+)(?<!\.py)", code):
+            functools.reduce(getattr, match[2].split("."), importlib.import_module(match[1]))
+            named += 1
+        elif code.startswith("--") and code.split()[0] not in ("--sample",):
+            assert code.split()[0][2:] in fields, code
+    assert named > 30
+
+
+@pytest.mark.parametrize("script, dataset, backbone", [("edm_sc", "cifar100", "ddpm"), ("ddpm_sc", "cifar10", "ddpmpp"), ("uvit_sc", "cifar100", "uvit_s"),
+                                                       ("edm_sc", "tiny_imagenet", "ddpm"), ("dit_latent_sc", "imagenet", "dit_b")])
+def test_costs(script, dataset, backbone):
+    """EFLOP of the tables: counted for one image, times images and epochs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    module = importlib.import_module(script)
+    images = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167)[dataset]
+    cfg = module.make_config(dataset, backbone=backbone, **dict(uncond=True, layer="block_9") if script.startswith("dit") else {})
+    with torch.device("meta"):
+        net = module.build_net(cfg)
+        x, t = torch.empty(1, *((32, 16, 16) if script.startswith("dit") else (3, cfg.size, cfg.size))), torch.empty(1)
+        with FlopCounterMode(display=False) as counter:
+            net(x, t).sum().backward()
+    cost = counter.get_total_flops() * images * cfg.epochs / 1e18
+    name = dict(cifar10="D", cifar100="D", tiny_imagenet="D", imagenet="imagenet")[dataset]
+    rows = re.findall(rf"^\| `{script}.py --dataset {name}\b.*?` \| (\d[\d.]*)[, \d]* \|", README, re.M)
+    assert any(abs(float(said) / cost - 1) < 0.03 for said in rows), (cost, rows)
+
+
+def test_tables_of_the_evidence():
+    """README's tables are those of assets/results/, and each result has the commands that made it."""
+    assert evidence.fill(RAW) == RAW and "<!-- evidence" in RAW
+    for (name, seed), result in evidence.results().items():
+        assert (result["folder"], result["commands"]) == evidence.commands(name, seed)

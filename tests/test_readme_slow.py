@@ -1,0 +1,120 @@
+"""Every command of README.md, run as pasted but as small as can be, in a copy of the project without network: python -m pytest -q -s
+tests/test_readme_slow.py --slow. Data are made up, in the true formats; networks tiny, one step, two processes."""
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, write_cifar
+from test_data import write_idx
+
+TINY = {"ddpm_sc.py": "--backbone unet_tiny --layer out_2", "uvit_sc.py": "--backbone uvit_tiny --patch 8 --layer out_1",
+        "dit_latent_sc.py": "--backbone dit_tiny --layer block_3 --size 32 --tokenizer unshuffle --cell 8"}
+TINY["edm_sc.py"] = TINY["rf_sc.py"] = TINY["ddpm_sc.py"]
+LATENTS = "--size 32 --tokenizer unshuffle --cell 8"
+
+
+def picture(rng, side=32):
+    return Image.fromarray(rng.randint(0, 256, (side, side, 3), np.uint8))
+
+
+def make_up(home):
+    """What the commands expect to find: data sets, folders, statistics, weights of others."""
+    import fid
+    import uvit_sc
+    rng, data = np.random.RandomState(0), home / "data"
+    write_cifar(data)
+    for part, n in (("train", 64), ("t10k", 32)):
+        write_idx(data / f"{part}-images-idx3-ubyte.gz", rng.randint(0, 256, (n, 28, 28), np.uint8))
+        write_idx(data / f"{part}-labels-idx1-ubyte.gz", (np.arange(n) % 10).astype(np.uint8))
+    with zipfile.ZipFile(data / "tiny-imagenet-200.zip", "w") as archive:
+        names = [f"train/n{c}/images/n{c}_{i}.JPEG" for c in range(4) for i in range(4)] + [f"val/images/val_{i}.JPEG" for i in range(8)]
+        for name in names:
+            file = io.BytesIO()
+            picture(rng, 64).save(file, "JPEG")
+            archive.writestr(f"tiny-imagenet-200/{name}", file.getvalue())
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "".join(f"val_{i}.JPEG\tn{i % 4}\t0\t0\t1\t1\n" for i in range(8)))
+    classes = {"imagenet100": uvit_sc.IMAGENET100, "ILSVRC2012": uvit_sc.IMAGENET100, "photos": ["cats", "dogs"],
+               "imagenet": [f"n{i:08d}" for i in range(8)]}
+    for root, names in classes.items():
+        for split in ("train", "val"):
+            for name in names:
+                folder = (data if root.startswith("imagenet") else home) / root / split / name
+                folder.mkdir(parents=True)
+                for i in range(1 if len(names) == 100 else 8):
+                    picture(rng).save(folder / f"{i}.png")
+    for folder in ("samples", "images"):
+        (home / folder).mkdir()
+        for i in range(8):
+            picture(rng).save(home / folder / f"{i}.png")
+    for name in ("VIRTUAL_imagenet256_labeled.npz", "ref.npz"):
+        np.savez(home / name, arr_0=rng.randint(0, 256, (8, 32, 32, 3), np.uint8))
+    for name in ("a.npz", "b.npz"):
+        np.savez(home / name, mu=rng.randn(2048), sigma=np.diag(rng.rand(2048)))
+    torch.manual_seed(0)
+    torch.save(fid.Inception().state_dict(), data / "pt_inception-2015-12-05-6726825d.pth")
+    shutil.copy(data / "pt_inception-2015-12-05-6726825d.pth", home / "FILE")
+    torch.save(uvit_sc.build_net(uvit_sc.make_config("cifar10", self_cond="none")).state_dict(), home / "U-ViT.pth")
+
+
+def shrink(line, runs):
+    """The command as small as can be. Last values of a flag count, so most is appended; runs: last.pt of what was trained."""
+    line = line.replace("/ILSVRC2012", "ILSVRC2012").replace("HOST:", "localhost:").replace("$HEAD:", "localhost:")
+    line = re.sub(r"--nnodes=\S+", "--nnodes=1", line.removeprefix("srun ")).replace("$SLURM_JOB_ID", "1")
+    line = re.sub(r"--nproc_per_node=\d", "--nproc_per_node=2", line)
+    script = re.search(r"\w+\.py", line)[0]
+    wanted = "dit_latent" if "guidance" in line or script == "dit_latent_sc.py" else "uvit"
+    runs = [run for run in runs if wanted in run]
+    if ".../" in line or "runs/A" in line:
+        line = line.replace("runs/.../last.pt", runs[-1]).replace("runs/A/last.pt runs/B/last.pt", " ".join(runs[:2]))
+    for name in re.findall(r"runs/\.\.\./ckpt_\d+\.pt", line):
+        shutil.copy(runs[-1], copied := os.path.join(os.path.dirname(runs[-1]), os.path.basename(name)))
+        line = line.replace(name, copied)
+    if "--encode" in line:
+        line += f" {LATENTS}"
+    elif script in TINY and "--sample" not in line:
+        line += f" {TINY[script]} --steps 1 --batch 8 --nfe 2 --warmup 0 --cl_hidden 32"
+    elif script == "fid.py" and ".pt" in line:      # 16 images where 50,000 would be drawn
+        line += " --n 16"
+    elif "glyphs" in line:
+        line += " --n 500"
+    return re.sub("^python", sys.executable, re.sub("^torchrun", "python -m torch.distributed.run", line))
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path, capsys):
+    home = tmp_path / "clone"
+    shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns("runs", "data", ".git", ".venv", ".pytest_cache", "__pycache__"))
+    make_up(home)
+    os.chdir(home)
+    text = (home / "README.md").read_text()
+    short, count = re.search(r'^S="(.*)"$', text, re.M)[1], 0
+    lines = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines = [line.replace("$S", short) for line in lines if line and not line.startswith(("S=", "HEAD="))]
+    for line in lines:
+        if "venv" in line or "pytest" in line:      # continuous integration runs them
+            continue
+        if line.startswith(("less", "diff")):
+            done = subprocess.run(line, shell=True, capture_output=True, text=True)
+            assert done.returncode == line.startswith("diff") and done.stdout
+        else:
+            runs = [str(p) for p in sorted((home / "runs").glob("*/last.pt"), key=os.path.getmtime)] if (home / "runs").exists() else []
+            if "runs/uvit_sc-glyphs-cls-s0" in line and not (home / "runs/uvit_sc-glyphs-cls-s0").exists():
+                subprocess.run([sys.executable, "uvit_sc.py", "--steps", "2", "--nfe", "2"], check=True, capture_output=True)
+            small = shrink(line, runs)
+            done = subprocess.run(small, shell=True, capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1"))
+            with capsys.disabled():
+                print("ok  " if done.returncode == 0 else f"{done.returncode}   ", line, flush=True)
+            assert done.returncode == 0, f"{small}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        count += 1
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "load_checkpoint" in b)
+    exec(compile(block, "README.md", "exec"), {})
+    assert count > 50
