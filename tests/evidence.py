@@ -7,7 +7,7 @@
 A run is a name such as "uvit cls aug cl" and a seed. Data: Fashion-MNIST in 16 x 16
 pixels; dit_latent_sc.py reads no such files and has glyphs. A run trains, then is measured: denoising loss
 on all test images with fixed times and noise; linear probe of all layers, the layer chosen on held-out training images; FD-tiny of
-1,000 samples. The line of assets/results/runs.jsonl holds what was measured, and the commands that measured it repeat it.
+1,000 samples. The line of assets/results/runs.jsonl holds what was measured, on which machine, and the commands that repeat it.
 """
 import collections
 import contextlib
@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ SCRIPTS = {     # name: script, budget; --nfe: of the samples, fewer than the pa
     "ddpm": ("ddpm_sc", f"{UNET} --nfe 25"), "edm": ("edm_sc", f"{UNET} --nfe 19"), "rf": ("rf_sc", f"{UNET} --nfe 20"),
     "uvit": ("uvit_sc", f"{FASHION} --epochs 1 --warmup 0.1 --nfe 25"),
     "dit": ("dit_latent_sc", "--dataset glyphs --epochs 3 --uncond --nfe 20"),
+    "dit-cond": ("dit_latent_sc", "--dataset glyphs --epochs 3 --guidance 1 --nfe 20"),
 }
 OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
@@ -52,6 +52,7 @@ TABLES = {      # table: rows of (run, what it is compared with)
                 for method in ("none", "add", "adaptive")],
     "table7bce": [("edm adaptive aug cl", None), ("edm adaptive aug cl plain", "edm adaptive aug cl"),
                   ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
+    "classes": [("dit none", None), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"), ("dit-cond adaptive", "dit-cond none")],
     "arrangement": [("edm none", None), ("edm adaptive", "edm none"), ("edm adaptive A", "edm none"), ("edm adaptive C", "edm none")],
 }
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
@@ -61,6 +62,7 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
     (range(3), [name for name, _ in TABLES["table7a"]]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
+    (range(3), [name for name, _ in TABLES["classes"]]),
     (range(5), ["uvit none", "uvit cls", "edm none", "edm adaptive"]),
 ]
 
@@ -91,74 +93,76 @@ def jobs():
 
 
 def commands(name, seed):
-    """The folder in which a run takes place, and its commands: training, loss, probe, FD."""
+    """What a run consists of, for a shell at the project's root: (preparation,) training, loss, probe, FD."""
     model, *words = name.split()
     script, budget = SCRIPTS[model]
-    arrangement = next((word for word in words if word in ARRANGEMENTS), None)
-    folder = f"runs/evidence/arrangement{arrangement}" if arrangement else "."
-    up = "../../../" if arrangement else ""
-    out = f"{'' if arrangement else 'runs/evidence/'}{name.replace(' ', '-')}-s{seed}"
     flags = " ".join(OPTIONS[word] for word in words if OPTIONS[word])
-    return folder, [
-        f"python {script}.py {budget} {flags} --seed {seed} --data_dir {up}data --out {out}",
-        f"python {up}tests/evidence.py loss {out}/last.pt",
-        f"python probe.py {out}/last.pt --n 10000 --batch 128 --draws 2 --no-raw",
-        f"python fid.py {out}/last.pt --detector tiny --n 1000 --json {out}/fid.json"]
+    arrangement = next((word for word in words if word in ARRANGEMENTS), None)
+    out, up, go = f"runs/evidence/{name.replace(' ', '-')}-s{seed}", "", "OMP_NUM_THREADS=1 python"
+    if arrangement:
+        out, up, go = out.removeprefix("runs/evidence/"), "../../../", f"cd runs/evidence/arrangement{arrangement} && {go}"
+    return [f"python tests/evidence.py prepare {arrangement}"] * bool(arrangement) + [f"{go} {line}" for line in (
+        f"{script}.py {budget} {flags} --seed {seed} --data_dir {up}data --out {out}",
+        f"{up}tests/evidence.py loss {out}/last.pt",
+        f"probe.py {out}/last.pt --n 10000 --batch 128 --draws 2 --no-raw",
+        f"fid.py {out}/last.pt --detector tiny --n 1000 --json {out}/fid.json")]
 
 
 # ---- 2. The work -----------------------------------------------------------------------------------------------------
 
-def prepare(folder):
-    """Arrangements are run by edited copies: each script needs no other file."""
-    if folder != ".":
-        (ROOT / folder).mkdir(parents=True, exist_ok=True)
-        for file in ("probe.py", "fid.py"):
-            (ROOT / folder / file).write_text((ROOT / file).read_text())
-        text = (ROOT / "edm_sc.py").read_text()
-        for old, new in ARRANGEMENTS[folder[-1]].items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        (ROOT / folder / "edm_sc.py").write_text(text)
+def prepare(arrangement):
+    """A folder with edited copies of the scripts that an arrangement needs: each script needs no other file."""
+    folder = ROOT / "runs" / "evidence" / f"arrangement{arrangement}"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {file: (ROOT / file).read_text() for file in ("edm_sc.py", "probe.py", "fid.py")}
+    for old, new in ARRANGEMENTS[arrangement].items():
+        assert texts["edm_sc.py"].count(old) == 1, old
+        texts["edm_sc.py"] = texts["edm_sc.py"].replace(old, new)
+    for file, text in texts.items():
+        if not (folder / file).exists() or (folder / file).read_text() != text:     # another worker may be reading it
+            (folder / f"{file}.{os.getpid()}").write_text(text)
+            os.replace(folder / f"{file}.{os.getpid()}", folder / file)
 
 
 def run(name, seed):
     """Trains, if need be on from where a stopped run was, and measures: a dict of plain values."""
-    folder, lines = commands(name, seed)
-    prepare(folder)
-    environment, seconds = dict(os.environ, OMP_NUM_THREADS="1"), []
+    lines, seconds = commands(name, seed), []
     for line in lines:
         began = time.time()
-        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT / folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(line.replace("python ", f"{sys.executable} "), shell=True, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{line}\n{done.stderr[-3000:]}")
         seconds.append(round(time.time() - began))
-    out = ROOT / folder / lines[1].split()[-1].removesuffix("/last.pt")
+    folder = f"arrangement{lines[0].split()[-1]}" if "prepare" in lines[0] else ""
+    out = ROOT / "runs" / "evidence" / folder / f"{name.replace(' ', '-')}-s{seed}"
     loss, probe, fid = (json.loads((out / f"{kind}.json").read_text()) for kind in ("loss", "probe", "fid"))
     curve = dict(zip(probe["layers"], probe["held_out_accuracy"][0]))
     return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], accuracy=probe["accuracy"], knn=probe["knn"],
                 t=probe["t"], layer=probe["layer"], held_out=curve, fd_tiny=fid["value"], floor=fid["floor"],
-                parameters=loss["parameters"], seconds=seconds, folder=folder, commands=lines)
+                parameters=loss["parameters"], seconds=seconds[-4:], machine=loss["machine"], commands=lines)
 
 
 def measure_loss(path):
     """Writes loss.json beside a checkpoint: the mean denoising loss of all test images, one time and noise for each, the same for all
-    networks of a formulation; by quarters of the training times (Fig. 6); and the number of parameters."""
+    networks of a formulation; by quarters of the training times; and the number of parameters."""
     import torch
     sys.path.insert(0, os.getcwd())
     module = importlib.import_module(torch.load(path, map_location="cpu", weights_only=True)["script"])
     cfg, net = module.load_checkpoint(path)
-    images, _ = module.load_data(cfg, train=False)
+    images, classes = module.load_data(cfg, train=False)
+    known = hasattr(cfg, "uncond") and not cfg.uncond       # a network that is told the class
     diffusion, losses, quarters = module.Diffusion(cfg), [], []
     with torch.inference_mode():
         for i in range(0, len(images), 500):
             gen, n = module.rng(0, i, 6), len(images[i:i + 500])
-            x, _ = module.make_view(images[i:i + 500], None, dict(flip=torch.zeros(n, dtype=torch.bool)))
+            view = dict(flip=torch.zeros(n, dtype=torch.bool), told=torch.ones(n, dtype=torch.bool))
+            x, told = module.make_view(images[i:i + 500], classes[i:i + 500] if known else None, view)
             t, noise = diffusion.draw_t(n, gen), torch.randn(x.shape, generator=gen)
-            losses.append(diffusion.loss(net, x, t, noise))
+            losses.append(diffusion.loss((lambda x, c: net(x, c, told)) if known else net, x, t, noise))
             quarters.append(sum((t > limit).long() for limit in diffusion.quartiles))
     loss, quarter = torch.cat(losses), torch.cat(quarters)
     Path(path).with_name("loss.json").write_text(json.dumps(dict(
-        loss=loss.mean().item(), by_time=[loss[quarter == k].mean().item() for k in range(4)],
+        loss=loss.mean().item(), machine=f"{torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}", by_time=[loss[quarter == k].mean().item() for k in range(4)],
         parameters=sum(p.numel() for p in net.parameters()))))
 
 
@@ -169,9 +173,10 @@ def alone(path):
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
         except BlockingIOError:
             yield False
+        else:
+            yield True
 
 
 def results():
@@ -218,7 +223,7 @@ def table(rows):
     found = collections.defaultdict(dict)
     for (name, seed), r in results().items():
         found[name][seed] = r
-    lines = ["| run | seeds | held-out loss | difference, % | probe, % | difference | FD-tiny | difference |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| run | seeds | test loss | difference, % | probe, % | difference | FD-tiny | difference |", "|---|---|---|---|---|---|---|---|"]
     for name, base in rows:
         runs, others = found[name], found[base] if base else {}
         if not runs:
@@ -240,6 +245,8 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["work"]
     if what == "loss":
         measure_loss(*rest)
+    elif what == "prepare":
+        prepare(*rest)
     elif what == "list":
         for job in jobs():
             print("done" if job in results() else "    ", *job)
