@@ -52,7 +52,7 @@ class Config:
     dropout: float = 0.1         # where the public implementations have it (Table 8); U-ViT has none
     time_scale: float = 0.001    # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
     self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_6"         # best for the linear probe (Table 10); of UNets, its features condition what follows
+    layer: str = "out_6"         # best for the linear probe (Table 10); UNet, DiT: its features condition what follows
     t_probe: float = 11          # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -1023,8 +1023,9 @@ def train(cfg):
 def run(cfg, stack):
     """The whole training, from top to bottom.
 
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
-    one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so a
+    resumed run equals an unbroken one, and one process with 8 images and two with 4 give the same losses (but for the
+    masks of dropout, which each draws for its own images).
     """
     device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
     share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass

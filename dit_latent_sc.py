@@ -56,7 +56,7 @@ class Config:
     classes: int = 0             # how many the network is told of, with --dataset folder; other data sets know
     class_drop: float = 0.1      # probability with which the network is not told the class, for guidance
     self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "block_8"       # best for the linear probe (Table 10); of UNets, its features condition what follows
+    layer: str = "block_8"       # best for the linear probe (Table 10); UNet, DiT: its features condition what follows
     t_probe: float = 0.25        # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 1400           # passes over the training images (Table 11)
@@ -1180,8 +1180,9 @@ def train(cfg):
 def run(cfg, stack):
     """The whole training, from top to bottom.
 
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
-    one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so a
+    resumed run equals an unbroken one, and one process with 8 images and two with 4 give the same losses (but for the
+    masks of dropout, which each draws for its own images).
     """
     device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
     share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass

@@ -51,7 +51,7 @@ class Config:
     backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
     dropout: float = 0.13        # where the public implementations have it (Table 8); U-ViT has none
     self_cond: str = "adaptive"  # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_7"         # best for the linear probe (Table 10); of UNets, its features condition what follows
+    layer: str = "out_7"         # best for the linear probe (Table 10); UNet, DiT: its features condition what follows
     t_probe: float = 0.06        # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
@@ -585,7 +585,7 @@ class EDM:
     limits = dict(nfe=(1, 1000), t_probe=(0.002, 80))
 
     def __init__(self, cfg):
-        self.steps = (cfg.nfe + 1) // 2                                             # two evaluations each, then one
+        self.steps = (cfg.nfe + 1) // 2                                             # two evaluations each, the last but one
         self.nfe = 2 * self.steps - 1
 
     def draw_t(self, n, generator):
@@ -620,7 +620,7 @@ class EDM:
         times = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7    # Table 8: from 80 to 0.002, rho = 7
         times = times.tolist() + [0.0]
 
-        def slope(x, t):
+        def slope(x, t):                                                            # D clipped, as in DDAE only
             return (x - self.denoise(net, x, torch.full((len(x),), t, device=x.device)).clamp(-1, 1)) / t
         x = noise * times[0]
         for t, s in zip(times, times[1:]):                                          # from t to the next time s < t
@@ -1046,8 +1046,9 @@ def train(cfg):
 def run(cfg, stack):
     """The whole training, from top to bottom.
 
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so
-    one process with 8 images and two with 4 give the same losses, and a resumed run equals an unbroken one.
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so a
+    resumed run equals an unbroken one, and one process with 8 images and two with 4 give the same losses (but for the
+    masks of dropout, which each draws for its own images).
     """
     device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
     share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass

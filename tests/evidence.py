@@ -3,6 +3,7 @@
     python tests/evidence.py                # works through the queue, on one core; start it once for each core
     python tests/evidence.py list           # what is done and what is not
     python tests/evidence.py readme         # writes the tables into README.md, from assets/results/
+    python tests/evidence.py pictures       # draws samples of the runs of seed 0
 
 A run is a name such as "uvit cls aug cl" and a seed. Data: Fashion-MNIST in 16 x 16
 pixels; dit_latent_sc.py reads no such files and has glyphs. A run trains, then is measured: denoising loss
@@ -241,12 +242,31 @@ def fill(text):
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(TABLES[m[2]]) + "\n" + m[3], text, flags=re.S)
 
 
+def draw_pictures(n=16, scale=2):
+    """assets/with_and_without.png: samples of the runs of seed 0, with and without self-conditioning, from the same noise."""
+    from PIL import Image, ImageDraw
+    sys.path.insert(0, str(ROOT))
+    names = [name for pair in zip(BASELINES, TABLE2) for name in pair]
+    picture = Image.new("RGB", (120 + 17 * scale * n, 18 * scale * len(names)), "white")
+    for row, name in enumerate(names):
+        module = importlib.import_module(SCRIPTS[name.split()[0]][0])
+        cfg, net = module.load_checkpoint(ROOT / "runs" / "evidence" / f"{name.replace(' ', '-')}-s0" / "last.pt")
+        top = 18 * scale * row + scale * (row % 2 == 0)
+        ImageDraw.Draw(picture).text((6, top + 10), name, fill="black")
+        for i, image in enumerate(module.sample(net, cfg, range(n))):
+            tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+            picture.paste(tile.resize((16 * scale, 16 * scale), Image.NEAREST), (120 + 17 * scale * i, top))
+    picture.save(ROOT / "assets" / "with_and_without.png")
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["work"]
     if what == "loss":
         measure_loss(*rest)
     elif what == "prepare":
         prepare(*rest)
+    elif what == "pictures":
+        draw_pictures()
     elif what == "list":
         for job in jobs():
             print("done" if job in results() else "    ", *job)

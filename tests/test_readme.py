@@ -12,10 +12,12 @@ import evidence
 from conftest import ROOT
 
 RAW = README = (ROOT / "README.md").read_text()
-SHORT = re.search(r'^S="(.*)"$', README, re.M)[1]        # a command that the lines behind it extend
-README = re.sub(r"\$S\b", lambda _: SHORT, README.replace(f'S="{SHORT}"', ""))
+for name, command in re.findall(r'^([A-Z])="(.*)"$', README, re.M):       # a command that the lines behind it extend
+    README = re.sub(rf"\${name}\b", lambda _: command, README.replace(f'{name}="{command}"', ""))
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
             if re.search(r"(?<!diff )\b\w+\.py", line) and not line.startswith("diff")]
+
+COMMANDS += [f"python {command}".replace("--dataset D", "--dataset cifar100") for command in re.findall(r"^\| `(\w+_sc\.py --dataset [^`]+)`", README, re.M)]
 
 
 def test_first_screen_has_two_commands():

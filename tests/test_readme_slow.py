@@ -55,8 +55,8 @@ def make_up(home):
         (home / folder).mkdir()
         for i in range(8):
             picture(rng).save(home / folder / f"{i}.png")
-    for name in ("VIRTUAL_imagenet256_labeled.npz", "ref.npz"):
-        np.savez(home / name, arr_0=rng.randint(0, 256, (8, 32, 32, 3), np.uint8))
+    np.savez(home / "ref.npz", arr_0=rng.randint(0, 256, (8, 32, 32, 3), np.uint8))
+    np.savez(home / "VIRTUAL_imagenet256_labeled.npz", mu=rng.randn(2048), sigma=np.diag(rng.rand(2048)), mu_s=rng.randn(2023), sigma_s=np.diag(rng.rand(2023)))
     for name in ("a.npz", "b.npz"):
         np.savez(home / name, mu=rng.randn(2048), sigma=np.diag(rng.rand(2048)))
     torch.manual_seed(0)
@@ -98,9 +98,10 @@ def test_every_command_runs(tmp_path, capsys):
                  f"dit_latent_sc.py --encode --dataset imagenet {LATENTS}", f"dit_latent_sc.py --dataset imagenet {TINY['dit_latent_sc.py']} --out runs/L"):
         subprocess.run(f"{sys.executable} {line}" if "--encode" in line else once.format(line), shell=True, check=True, capture_output=True)
     text = (home / "README.md").read_text()
-    short, count = re.search(r'^S="(.*)"$', text, re.M)[1], 0
-    failed, lines = [], [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines = [line.replace("$S", short) for line in lines if line and not line.startswith(("S=", "HEAD="))]
+    for name, command in re.findall(r'^([A-Z])="(.*)"$', text, re.M):
+        text = re.sub(rf"\${name}\b", lambda _: command, text.replace(f'{name}="{command}"', ""))
+    count, failed, lines = 0, [], [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("HEAD=")]
     for line in lines:
         if "venv" in line or "pytest" in line:      # continuous integration runs them
             continue
