@@ -585,7 +585,7 @@ class EDM:
     limits = dict(nfe=(1, 1000), t_probe=(0.002, 80))
 
     def __init__(self, cfg):
-        self.steps = (cfg.nfe + 1) // 2                                             # two evaluations each, the last but one
+        self.steps = (cfg.nfe + 1) // 2                                             # two evaluations each, then one
         self.nfe = 2 * self.steps - 1
 
     def draw_t(self, n, generator):

@@ -43,13 +43,13 @@ def make_up(home):
             archive.writestr(f"tiny-imagenet-200/{name}", file.getvalue())
         archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "".join(f"val_{i}.JPEG\tn{i % 4}\t0\t0\t1\t1\n" for i in range(8)))
     classes = {"imagenet100": uvit_sc.IMAGENET100, "ILSVRC2012": uvit_sc.IMAGENET100, "photos": ["cats", "dogs"],
-               "imagenet": [f"n{i:08d}" for i in range(8)]}
+               "imagenet": [f"n{i:08d}" for i in range(1000)]}
     for root, names in classes.items():
         for split in ("train", "val"):
             for name in names:
                 folder = (data if root.startswith("imagenet") else home) / root / split / name
                 folder.mkdir(parents=True)
-                for i in range(1 if len(names) == 100 else 8):
+                for i in range(8 if len(names) == 2 else 1):
                     picture(rng).save(folder / f"{i}.png")
     for folder in ("samples", "images"):
         (home / folder).mkdir()
