@@ -156,7 +156,7 @@ def measure_loss(path):
     with torch.inference_mode():
         for i in range(0, len(images), 500):
             gen, n = module.rng(0, i, 6), len(images[i:i + 500])
-            view = dict(flip=torch.zeros(n, dtype=torch.bool), told=torch.ones(n, dtype=torch.bool))
+            view = dict(flip=torch.zeros(n, dtype=torch.bool)) | (dict(told=torch.ones(n, dtype=torch.bool)) if known else {})
             x, told = module.make_view(images[i:i + 500], classes[i:i + 500] if known else None, view)
             t, noise = diffusion.draw_t(n, gen), torch.randn(x.shape, generator=gen)
             losses.append(diffusion.loss((lambda x, c: net(x, c, told)) if known else net, x, t, noise))
