@@ -60,8 +60,7 @@ def make_up(home):
     for name in ("a.npz", "b.npz"):
         np.savez(home / name, mu=rng.randn(2048), sigma=np.diag(rng.rand(2048)))
     torch.manual_seed(0)
-    torch.save(fid.Inception().state_dict(), data / "pt_inception-2015-12-05-6726825d.pth")
-    shutil.copy(data / "pt_inception-2015-12-05-6726825d.pth", home / "FILE")
+    torch.save(fid.Inception().state_dict(), home / "FILE")
     torch.save(uvit_sc.build_net(uvit_sc.make_config("cifar10", self_cond="none")).state_dict(), home / "U-ViT.pth")
 
 
@@ -80,8 +79,8 @@ def shrink(line):
         line += f" {LATENTS}"
     elif script in TINY and "--sample" not in line:
         line += f" {TINY[script]} --steps 1 --batch 8 --nfe 2 --warmup 0 --cl_hidden 32"
-    elif script == "fid.py" and ".pt" in line:      # 16 images where 50,000 would be drawn
-        line += " --images 16"
+    elif script == "fid.py":
+        line += " --images 16" * (".pt" in line) + " --inception FILE" * ("--detector" not in line and "--inception" not in line)
     elif "glyphs" in line:
         line += " --n 500"
     return re.sub("^python", sys.executable, re.sub("^torchrun", "python -m torch.distributed.run", line))
