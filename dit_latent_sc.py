@@ -46,7 +46,7 @@ class Config:
     tokenizer: str = "vavae"     # makes latents of images: vavae | unshuffle: without parameters, for trial runs
     cell: int = 16               # side in pixels of what one position of the latents stands for (Table 9)
     vae: str = ""                # file with the weights of VA-VAE; default: data_dir, or a download to it
-    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with the backbone if given
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
     init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
@@ -1359,7 +1359,9 @@ def make_config(dataset="glyphs", **overrides):
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
+    data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
+    data += [f"{name}_{overrides[name]}" for name in "layer aug aug_mask cl cl_head cl_target cl_feature".split()
+             if name in overrides]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):

@@ -41,7 +41,7 @@ class Config:
     data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
     size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
-    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with the backbone if given
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
     init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
@@ -1148,7 +1148,9 @@ def make_config(dataset="glyphs", **overrides):
     cfg.size = cfg.size or DATASETS[dataset][1]
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + [name for name in ("uncond", "aug", "cl") if getattr(cfg, name, 0)]
+    data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
+    data += [f"{name}_{overrides[name]}" for name in "layer aug aug_mask cl cl_head cl_target cl_feature".split()
+             if name in overrides]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):

@@ -128,12 +128,15 @@ def test_make_config_lists_what_is_valid(script):
 
 
 def test_default_run_folders_are_apart(script):
-    """Another backbone, another baseline, or another folder of images is another run."""
+    """Another backbone, another baseline, another folder of images or another ablation is another run."""
     big = list(script.Backbone.sizes)[-1]
     outs = [script.make_config(**fields).out for fields in (
         dict(dataset="imagenet100"), dict(dataset="imagenet100", backbone=big), dict(dataset="imagenet100", self_cond="none"),
         dict(dataset="imagenet100", seed=1), dict(dataset="folder", data_dir="cats"), dict(dataset="folder", data_dir="x/dogs"))]
     assert len(set(outs)) == 6 and "cats" in outs[4] and "dogs" in outs[5] and big in outs[1]
+    layer = script.Backbone.choices(script.make_config("glyphs"))["layer"][0]
+    ablations = dict(), dict(cl=0.1), dict(cl=0.1, cl_head="plain"), dict(cl=0.1, cl_target="min"), dict(aug=0.2), dict(aug=0.2, cl=0.1), dict(layer=layer)
+    assert len({script.make_config("glyphs", **{"cl": 0.01, **fields}).out for fields in ablations}) == 7
 
 
 def test_what_the_system_refuses_is_one_line(script, small, capsys):
