@@ -28,18 +28,20 @@ RESULTS = ROOT / "assets" / "results" / "runs.jsonl"
 
 # ---- 1. The runs -----------------------------------------------------------------------------------------------------
 
-FASHION = "--dataset fashion_mnist --size 16"
-UNET = f"{FASHION} --steps 1000 --warmup 0.1"
-SCRIPTS = {     # name: script, budget; --nfe: of the samples, fewer than the paper's
-    "ddpm": ("ddpm_sc", f"{UNET} --nfe 25"), "edm": ("edm_sc", f"{UNET} --nfe 19"), "rf": ("rf_sc", f"{UNET} --nfe 20"),
-    "uvit": ("uvit_sc", f"{FASHION} --epochs 1 --warmup 0.1 --nfe 25"),
-    "dit": ("dit_latent_sc", "--dataset glyphs --epochs 3 --uncond --nfe 20"),
-    "dit-cond": ("dit_latent_sc", "--dataset glyphs --epochs 3 --guidance 1 --nfe 20"),
+FASHION = "--dataset fashion_mnist --size 16 --warmup 0.1"
+SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs; --nfe: of the samples, fewer than the paper's
+    "ddpm": ("ddpm_sc", f"{FASHION} --nfe 25", "--steps 1000", "--steps 2000"),
+    "edm": ("edm_sc", f"{FASHION} --nfe 19", "--steps 1000", "--steps 2000"),
+    "rf": ("rf_sc", f"{FASHION} --nfe 20", "--steps 1000", "--steps 2000"),
+    "uvit": ("uvit_sc", f"{FASHION} --nfe 25", "--epochs 1", "--epochs 2"),
+    "dit": ("dit_latent_sc", "--dataset glyphs --uncond --nfe 20", "--epochs 3", "--epochs 6"),
+    "dit-cond": ("dit_latent_sc", "--dataset glyphs --guidance 1 --nfe 20", "--epochs 3", "--epochs 6"),
 }
 OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
     **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
     "A": "", "C": "",       # arrangements of the adaptive addition, see ARRANGEMENTS
+    "long": "",             # the same run, twice as long: it goes on where the short one ended
 }
 TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
 BASELINES = [f"{name.split()[0]} none" for name in TABLE2]
@@ -56,14 +58,19 @@ TABLES = {      # table: rows of (run, what it is compared with)
     "classes": [("dit none", None), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"), ("dit-cond adaptive", "dit-cond none")],
     "arrangement": [("edm none", None), ("edm adaptive", "edm none"), ("edm adaptive A", "edm none"), ("edm adaptive C", "edm none")],
 }
+BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
+LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
+TABLES["length"] = [(name, f"{name.split()[0]} none long" if "none" not in name else None) for name in LONG]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
-    (range(3), [name for pair in zip(BASELINES, TABLE2) for name in pair]),
-    (range(3), [name for name, _ in TABLES["arrangement"]]),
+    (range(1), BOTH + LONG),
+    (range(3), BOTH),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
+    (range(3), [name for name, _ in TABLES["arrangement"]]),
+    (range(3), LONG),
+    (range(3), [name for name, _ in TABLES["classes"]]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
-    (range(3), [name for name, _ in TABLES["classes"]]),
     (range(5), ["uvit none", "uvit cls", "edm none", "edm adaptive"]),
 ]
 
@@ -96,14 +103,15 @@ def jobs():
 def commands(name, seed):
     """What a run consists of, for a shell at the project's root: (preparation,) training, loss, probe, FD."""
     model, *words = name.split()
-    script, budget = SCRIPTS[model]
+    script, settings, *budgets = SCRIPTS[model]
+    budget, words = budgets["long" in words], [word for word in words if word != "long"]
     flags = " ".join(OPTIONS[word] for word in words if OPTIONS[word])
     arrangement = next((word for word in words if word in ARRANGEMENTS), None)
-    out, up, go = f"runs/evidence/{name.replace(' ', '-')}-s{seed}", "", "OMP_NUM_THREADS=1 python"
+    out, up, go = f"runs/evidence/{'-'.join([model, *words])}-s{seed}", "", "OMP_NUM_THREADS=1 python"
     if arrangement:
         out, up, go = out.removeprefix("runs/evidence/"), "../../../", f"cd runs/evidence/arrangement{arrangement} && {go}"
     return [f"python tests/evidence.py prepare {arrangement}"] * bool(arrangement) + [f"{go} {line}" for line in (
-        f"{script}.py {budget} {flags} --seed {seed} --data_dir {up}data --out {out}",
+        f"{script}.py {settings} {budget} {flags} --seed {seed} --data_dir {up}data --out {out}",
         f"{up}tests/evidence.py loss {out}/last.pt",
         f"probe.py {out}/last.pt --n 10000 --batch 128 --draws 2 --no-raw",
         f"fid.py {out}/last.pt --detector tiny --n 1000 --json {out}/fid.json")]
@@ -135,7 +143,7 @@ def run(name, seed):
             raise SystemExit(f"{line}\n{done.stderr[-3000:]}")
         seconds.append(round(time.time() - began))
     folder = f"arrangement{lines[0].split()[-1]}" if "prepare" in lines[0] else ""
-    out = ROOT / "runs" / "evidence" / folder / f"{name.replace(' ', '-')}-s{seed}"
+    out = ROOT / "runs" / "evidence" / folder / Path(lines[-1].split()[-1]).parent.name
     loss, probe, fid = (json.loads((out / f"{kind}.json").read_text()) for kind in ("loss", "probe", "fid"))
     curve = dict(zip(probe["layers"], probe["held_out_accuracy"][0]))
     return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], accuracy=probe["accuracy"], knn=probe["knn"],
@@ -187,16 +195,21 @@ def results():
 
 
 def work():
+    """Does what is to be done and nobody else is at, until there is nothing left."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    for name, seed in jobs():
-        with alone(ROOT / "runs" / "evidence" / f"{name.replace(' ', '-')}-s{seed}.lock") as mine:
-            if not mine or (name, seed) in results():
-                continue
-            result = run(name, seed)
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(result) + "\n")
+    while True:
+        for name, seed in jobs():
+            with alone(ROOT / "runs" / "evidence" / f"{name.removesuffix(' long').replace(' ', '-')}-s{seed}.lock") as mine:
+                if not mine or (name, seed) in results():
+                    continue
+                result = run(name, seed)
+                with open(RESULTS, "a") as file:
+                    file.write(json.dumps(result) + "\n")
             print(f"{name}, seed {seed}: loss {result['loss']:.5f}, probe {result['accuracy']:.2f} % ({result['layer']}), "
                   f"FD-tiny {result['fd_tiny']:.2f}, {result['seconds']} s", flush=True)
+            break
+        else:
+            return
 
 
 # ---- 3. The tables ---------------------------------------------------------------------------------------------------
