@@ -40,7 +40,7 @@ SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs
 OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
     **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
-    "A": "", "C": "",       # arrangements of the adaptive addition, see ARRANGEMENTS
+    "A": "", "C": "", "zero": "", "detach": "",     # other ways of the adaptive addition, see ARRANGEMENTS
     "long": "",             # the same run, twice as long: it goes on where the short one ended
 }
 TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
@@ -55,8 +55,8 @@ TABLES = {      # table: rows of (run, what it is compared with)
                 for method in ("none", "add", "adaptive")],
     "table7bce": [("edm adaptive aug cl", None), ("edm adaptive aug cl plain", "edm adaptive aug cl"),
                   ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
-    "classes": [("dit none", None), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"), ("dit-cond adaptive", "dit-cond none")],
-    "arrangement": [("edm none", None), ("edm adaptive", "edm none"), ("edm adaptive A", "edm none"), ("edm adaptive C", "edm none")],
+    "classes": [("dit none", None), ("dit add", "dit none"), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"), ("dit-cond adaptive", "dit-cond none")],
+    "arrangement": [("edm none", None), ("edm adaptive", "edm none"), *[(f"edm adaptive {word}", "edm none") for word in ("A", "C", "zero", "detach")]],
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
@@ -75,7 +75,8 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
 ]
 
 # The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
-# projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer.
+# projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer. And two
+# variants of the scripts': W = 0 at first, and f without gradient.
 SCALE = '''class Scale(TimeEmbedding):
     def __init__(self, width, E):
         super().__init__(width, E)
@@ -93,6 +94,8 @@ ARRANGEMENTS = {    # edits of edm_sc.py
           "self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Sequential(nn.Linear(self.D, E), nn.SiLU(), nn.Linear(E, E))"},
     "C": {"def group_norm(C):\n": SCALE, "self.sc_time = TimeEmbedding(": "self.sc_last = nn.Linear(E, E); self.sc_time = Scale(",
           "e = e + s * self.sc_proj(f)": "e = e + self.sc_last(s * self.sc_proj(f))"},
+    "zero": {"self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Linear(self.D, E); nn.init.zeros_(self.sc_proj.weight); nn.init.zeros_(self.sc_proj.bias)"},
+    "detach": {"f = h.mean(dim=(2, 3))": "f = h.mean(dim=(2, 3)).detach()"},
 }
 
 

@@ -1,9 +1,10 @@
 """README: its commands parse, its files exist, and CI runs the very line it prints."""
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ RAW = README = (ROOT / "README.md").read_text()
 for name, command in re.findall(r'^([A-Z])="(.*)"$', README, re.M):       # a command that the lines behind it extend
     README = re.sub(rf"\${name}\b", lambda _: command, README.replace(f'{name}="{command}"', ""))
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
-            if re.search(r"(?<!diff )\b\w+\.py", line) and not line.startswith("diff")]
+            if re.search(r"(?<!diff )\b\w+\.py", line) and not line.startswith("diff") and "tests/" not in line]
 
 COMMANDS += [f"python {command}".replace("--dataset D", "--dataset cifar100") for command in re.findall(r"^\| `(\w+_sc\.py --dataset [^`]+)`", README, re.M)]
 
@@ -110,3 +111,25 @@ def test_tables_of_the_evidence():
     assert evidence.fill(RAW) == RAW and "<!-- evidence" in RAW
     for (name, seed), result in evidence.results().items():
         assert result["commands"] == evidence.commands(name, seed)
+
+
+@pytest.mark.parametrize("arrangement", evidence.ARRANGEMENTS)
+def test_arrangements(arrangement, tmp_path, monkeypatch):
+    """The edited scripts have as many parameters as the one that they compare with, and compute something else."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    for file in ("edm_sc.py", "probe.py", "fid.py"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    evidence.prepare(arrangement)
+    spec = importlib.util.spec_from_file_location(f"edm_{arrangement}", tmp_path / f"runs/evidence/arrangement{arrangement}/edm_sc.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    nets = []
+    for script in (module, importlib.import_module("edm_sc")):
+        torch.manual_seed(0)
+        nets.append(script.build_net(script.make_config("glyphs")))
+    x, c = torch.randn(2, 3, 16, 16), torch.randn(2)
+    assert sum(p.numel() for p in nets[0].parameters()) == sum(p.numel() for p in nets[1].parameters())
+    outs = [net(x, c) for net in nets]
+    gradients = [torch.autograd.grad(out.square().sum(), net.image_proj.weight)[0] for out, net in zip(outs, nets)]
+    assert not torch.allclose(gradients[0], gradients[1]) and torch.equal(outs[0], outs[1]) == (arrangement == "detach")
