@@ -304,8 +304,8 @@ def parse_command_line(argv):
     parser.add_argument("--layers", nargs="+", help="such as out_2 cls_2 token_2 (default: all but token_*)")
     parser.add_argument("--grid", action="store_true", help="search the formulation's usual times, too")
     parser.add_argument("--tokens", action="store_true", help="also one random position of each map (Fig. 4)")
-    parser.add_argument("--n", "--images", type=int, help="training images, drawn at random, for the heads (all); torchrun "
-                        "would take --n for its own")
+    parser.add_argument("--n", "--images", type=int, help="training images, drawn at random, for the heads (all);"
+                        " torchrun would take --n for its own")
     parser.add_argument("--draws", type=int, help="of flips and noise (2; the paper: one for each epoch)")
     parser.add_argument("--epochs", type=int, help="of the linear layer (15 on CIFAR, 30 elsewhere: Table 11)")
     parser.add_argument("--batch", type=int, help="of the linear layer (512; ImageNet latents 1440; glyphs 128)")

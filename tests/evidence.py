@@ -55,8 +55,9 @@ TABLES = {      # table: rows of (run, what it is compared with)
                 for method in ("none", "add", "adaptive")],
     "table7bce": [("edm adaptive aug cl", None), ("edm adaptive aug cl plain", "edm adaptive aug cl"),
                   ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
-    "classes": [("dit none", None), ("dit add", "dit none"), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"), ("dit-cond adaptive", "dit-cond none")],
-    "arrangement": [("edm none", None), ("edm adaptive", "edm none"), *[(f"edm adaptive {word}", "edm none") for word in ("A", "C", "zero", "detach")]],
+    "classes": [("dit none", None), ("dit add", "dit none"), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"),
+                ("dit-cond adaptive", "dit-cond none")],
+    "arrangement": [("edm none", None), *[(f"edm adaptive{word}", "edm none") for word in ("", " A", " C", " zero", " detach")]],
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
@@ -94,7 +95,7 @@ ARRANGEMENTS = {    # edits of edm_sc.py
           "self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Sequential(nn.Linear(self.D, E), nn.SiLU(), nn.Linear(E, E))"},
     "C": {"def group_norm(C):\n": SCALE, "self.sc_time = TimeEmbedding(": "self.sc_last = nn.Linear(E, E); self.sc_time = Scale(",
           "e = e + s * self.sc_proj(f)": "e = e + self.sc_last(s * self.sc_proj(f))"},
-    "zero": {"self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Linear(self.D, E); nn.init.zeros_(self.sc_proj.weight); nn.init.zeros_(self.sc_proj.bias)"},
+    "zero": {"self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Linear(self.D, E); [nn.init.zeros_(p) for p in self.sc_proj.parameters()]"},
     "detach": {"f = h.mean(dim=(2, 3))": "f = h.mean(dim=(2, 3)).detach()"},
 }
 
@@ -174,7 +175,8 @@ def measure_loss(path):
             quarters.append(sum((t > limit).long() for limit in diffusion.quartiles))
     loss, quarter = torch.cat(losses), torch.cat(quarters)
     Path(path).with_name("loss.json").write_text(json.dumps(dict(
-        loss=loss.mean().item(), machine=f"{torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}", by_time=[loss[quarter == k].mean().item() for k in range(4)],
+        loss=loss.mean().item(), by_time=[loss[quarter == k].mean().item() for k in range(4)],
+        machine=f"{torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}",
         parameters=sum(p.numel() for p in net.parameters()))))
 
 
@@ -235,11 +237,27 @@ def difference(pairs, digits, relative=False):
     return f"**{text}**" if abs(mean) > half else text
 
 
-def table(rows):
-    """A Markdown table: mean and standard deviation over seeds, and paired differences (same seeds) with their interval."""
+def by_name():
+    """{name: {seed: result}}."""
     found = collections.defaultdict(dict)
     for (name, seed), r in results().items():
         found[name][seed] = r
+    return found
+
+
+def table_of_times():
+    """Fig. 6 by noise level: paired differences of the loss by quarters of the training times."""
+    found, lines = by_name(), ["| difference of the test loss, % | least noise | second quarter | third | most noise |", "|---|---|---|---|---|"]
+    for base, method in [*zip(BASELINES, TABLE2), ("edm none long", "edm adaptive long"), ("uvit none long", "uvit cls long")]:
+        if shared := sorted(set(found[base]) & set(found[method])):
+            pairs = [[(found[base][s]["loss_by_time"][k], found[method][s]["loss_by_time"][k]) for s in shared] for k in range(4)]
+            lines.append(f"| `{method}` | " + " | ".join(difference(quarter, 2, True) for quarter in pairs) + " |")
+    return "\n".join(lines)
+
+
+def table(rows):
+    """A Markdown table: mean and standard deviation over seeds, and paired differences (same seeds) with their interval."""
+    found = by_name()
     lines = ["| run | seeds | test loss | difference, % | probe, % | difference | FD-tiny | difference |", "|---|---|---|---|---|---|---|---|"]
     for name, base in rows:
         runs, others = found[name], found[base] if base else {}
@@ -247,15 +265,17 @@ def table(rows):
             continue
         shared = sorted(set(runs) & set(others))
         pairs = lambda key: [(others[s][key], runs[s][key]) for s in shared]
-        get = lambda key: [runs[s][key] for s in sorted(runs)]
-        lines.append(f"| `{name}` | {len(runs)} | {cell(get('loss'), 5)} | {difference(pairs('loss'), 2, True)} | "
-                     f"{cell(get('accuracy'), 2)} | {difference(pairs('accuracy'), 2)} | {cell(get('fd_tiny'), 2)} | {difference(pairs('fd_tiny'), 2)} |")
+        columns = [(cell([r[key] for r in runs.values()], digits), difference(pairs(key), 2, key == "loss"))
+                   for key, digits in (("loss", 5), ("accuracy", 2), ("fd_tiny", 2))]
+        lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(text for column in columns for text in column) + " |")
     return "\n".join(lines)
 
 
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
-    return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(TABLES[m[2]]) + "\n" + m[3], text, flags=re.S)
+    def replace(match):
+        return match[1] + (table_of_times() if match[2] == "time" else table(TABLES[match[2]])) + "\n" + match[3]
+    return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 
 
 def draw_pictures(n=16, scale=2):
