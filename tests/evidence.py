@@ -35,6 +35,7 @@ SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs
     "rf": ("rf_sc", f"{FASHION} --nfe 20", "--steps 1000", "--steps 2000"),
     "uvit": ("uvit_sc", f"{FASHION} --nfe 25", "--epochs 1", "--epochs 2"),
     "dit": ("dit_latent_sc", "--dataset glyphs --uncond --nfe 20", "--epochs 3", "--epochs 6"),
+    "rf-glyphs": ("rf_sc", "--dataset glyphs --warmup 0.1 --nfe 20", "--steps 1000", "--steps 2000"),
     "dit-cond": ("dit_latent_sc", "--dataset glyphs --guidance 1 --nfe 20", "--epochs 3", "--epochs 6"),
 }
 OPTIONS = {     # a word of a run's name: flags
@@ -55,20 +56,24 @@ TABLES = {      # table: rows of (run, what it is compared with)
                 for method in ("none", "add", "adaptive")],
     "table7bce": [("edm adaptive aug cl", None), ("edm adaptive aug cl plain", "edm adaptive aug cl"),
                   ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
-    "classes": [("dit none", None), ("dit add", "dit none"), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"),
+    "classes": [("dit none", None), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"),
                 ("dit-cond adaptive", "dit-cond none")],
+    "glyphs": [("rf-glyphs none", None), ("rf-glyphs adaptive", "rf-glyphs none"), ("dit none", None), ("dit adaptive", "dit none"), ("dit add", "dit none")],
     "arrangement": [("edm none", None), *[(f"edm adaptive{word}", "edm none") for word in ("", " A", " C", " zero", " detach")]],
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
+PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), ("rf-glyphs none", "rf-glyphs adaptive")]
 TABLES["length"] = [(name, f"{name.split()[0]} none long" if "none" not in name else None) for name in LONG]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
     (range(1), BOTH + LONG),
+    (range(2), BOTH),
+    (range(1), [name for name, _ in TABLES["glyphs"]]),
     (range(3), BOTH),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["arrangement"]]),
     (range(3), LONG),
-    (range(3), [name for name, _ in TABLES["classes"]]),
+    (range(3), [name for key in ("glyphs", "classes") for name, _ in TABLES[key]]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
@@ -248,10 +253,22 @@ def by_name():
 def table_of_times():
     """Fig. 6 by noise level: paired differences of the loss by quarters of the training times."""
     found, lines = by_name(), ["| difference of the test loss, % | least noise | second quarter | third | most noise |", "|---|---|---|---|---|"]
-    for base, method in [*zip(BASELINES, TABLE2), ("edm none long", "edm adaptive long"), ("uvit none long", "uvit cls long")]:
+    for base, method in PAIRS:
         if shared := sorted(set(found[base]) & set(found[method])):
             pairs = [[(found[base][s]["loss_by_time"][k], found[method][s]["loss_by_time"][k]) for s in shared] for k in range(4)]
             lines.append(f"| `{method}` | " + " | ".join(difference(quarter, 2, True) for quarter in pairs) + " |")
+    return "\n".join(lines)
+
+
+def table_of_layers():
+    """Fig. 5: held-out accuracy over the layers of the baselines, and paired differences."""
+    found, lines = by_name(), ["| held-out accuracy, % |" + "".join(f" layer {k} |" for k in range(1, 7)), "|---|" + "---|" * 6]
+    for base, method in PAIRS:
+        if shared := sorted(set(found[base]) & set(found[method])):
+            layers = [layer for layer in found[base][shared[0]]["held_out"]]
+            pairs = [[(found[base][s]["held_out"][k], found[method][s]["held_out"][k]) for s in shared] for k in layers]
+            for name, cells in ((base, [cell([a for a, _ in pair], 1) for pair in pairs]), (method, [difference(pair, 1) for pair in pairs])):
+                lines.append("| " + " | ".join([f"`{name}`", *cells] + [""] * (6 - len(cells))) + " |")
     return "\n".join(lines)
 
 
@@ -274,7 +291,8 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        return match[1] + (table_of_times() if match[2] == "time" else table(TABLES[match[2]])) + "\n" + match[3]
+        special = dict(time=table_of_times, layers=table_of_layers)
+        return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 
 
