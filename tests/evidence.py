@@ -58,7 +58,8 @@ TABLES = {      # table: rows of (run, what it is compared with)
                   ("edm adaptive aug cl min", "edm adaptive aug cl"), ("uvit cls aug cl", None), ("uvit cls aug cl gap", "uvit cls aug cl")],
     "classes": [("dit none", None), ("dit adaptive", "dit none"), ("dit-cond none", "dit none"),
                 ("dit-cond adaptive", "dit-cond none")],
-    "glyphs": [("rf-glyphs none", None), ("rf-glyphs adaptive", "rf-glyphs none"), ("dit none", None), ("dit adaptive", "dit none"), ("dit add", "dit none")],
+    "glyphs": [("rf-glyphs none", None), ("rf-glyphs adaptive", "rf-glyphs none"), ("dit none", None), ("dit adaptive", "dit none"),
+               ("dit add", "dit none")],
     "arrangement": [("edm none", None), *[(f"edm adaptive{word}", "edm none") for word in ("", " A", " C", " zero", " detach")]],
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
