@@ -273,6 +273,12 @@ def table_of_layers():
     return "\n".join(lines)
 
 
+def total():
+    done = results()
+    return (f"{len(done)} of the {len(jobs())} runs in the queue are done; they took {sum(sum(r['seconds']) for r in done.values()) / 3600:.1f} hours "
+            "on one core each, beside other work, training and measuring.")
+
+
 def table(rows):
     """A Markdown table: mean and standard deviation over seeds, and paired differences (same seeds) with their interval."""
     found = by_name()
@@ -292,7 +298,7 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        special = dict(time=table_of_times, layers=table_of_layers)
+        special = dict(time=table_of_times, layers=table_of_layers, total=total)
         return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 
