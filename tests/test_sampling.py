@@ -41,7 +41,7 @@ def test_the_net_always_sees_the_same_number_of_rows(script, net):
     assert sizes == full
 
 
-@pytest.mark.parametrize("script", [name if name in ("rf_sc", "uvit_sc") else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+@pytest.mark.parametrize("script", [name if name == "rf_sc" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
                          indirect=True)
 def test_images_do_not_depend_on_the_processes(script, net, tmp_path, capsys):
     """13 images by one process and by two: the same PNG, pixel by pixel."""

@@ -94,7 +94,7 @@ def test_kills(small, tmp_path):
     assert a["step"] == b["step"] == 96 and same(a["ema"], b["ema"]) and same(a["optimizer"], b["optimizer"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_and_leave(small, number):
     process = launch("uvit_sc", flags({**small, "epochs": 100000}))
     log = Path(small["out"]) / "log.jsonl"
