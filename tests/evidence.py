@@ -68,14 +68,12 @@ PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), ("rf-glyphs none"
 TABLES["length"] = [(name, f"{name.split()[0]} none long" if "none" not in name else None) for name in LONG]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
     (range(1), BOTH + LONG),
-    (range(2), BOTH),
-    (range(1), [name for name, _ in TABLES["glyphs"]]),
     (range(3), BOTH),
-    (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["arrangement"]]),
-    (range(3), LONG),
-    (range(3), [name for key in ("glyphs", "classes") for name, _ in TABLES[key]]),
+    (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
+    (range(3), LONG),
+    (range(3), [name for key in ("classes", "glyphs") for name, _ in TABLES[key]]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
     (range(5), ["uvit none", "uvit cls", "edm none", "edm adaptive"]),
