@@ -154,34 +154,71 @@ def run(name, seed):
     out = ROOT / "runs" / "evidence" / folder / Path(lines[-1].split()[-1]).parent.name
     loss, probe, fid = (json.loads((out / f"{kind}.json").read_text()) for kind in ("loss", "probe", "fid"))
     curve = dict(zip(probe["layers"], probe["held_out_accuracy"][0]))
-    return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], accuracy=probe["accuracy"], knn=probe["knn"],
+    return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], exchanged=loss["exchanged"], accuracy=probe["accuracy"], knn=probe["knn"],
                 t=probe["t"], layer=probe["layer"], held_out=curve, fd_tiny=fid["value"], floor=fid["floor"],
                 parameters=loss["parameters"], seconds=seconds[-4:], machine=loss["machine"], commands=lines)
 
 
 def measure_loss(path):
     """Writes loss.json beside a checkpoint: the mean denoising loss of all test images, one time and noise for each, the same for all
-    networks of a formulation; by quarters of the training times; and the number of parameters."""
+    networks of a formulation; by quarters of the training times; by how many per cent the loss of 2,000 of them rises where f is
+    another image's; and the number of parameters."""
     import torch
     sys.path.insert(0, os.getcwd())
     module = importlib.import_module(torch.load(path, map_location="cpu", weights_only=True)["script"])
     cfg, net = module.load_checkpoint(path)
     images, classes = module.load_data(cfg, train=False)
     known = hasattr(cfg, "uncond") and not cfg.uncond       # a network that is told the class
-    diffusion, losses, quarters = module.Diffusion(cfg), [], []
-    with torch.inference_mode():
-        for i in range(0, len(images), 500):
-            gen, n = module.rng(0, i, 6), len(images[i:i + 500])
+    diffusion, batch = module.Diffusion(cfg), 500
+
+    def measure(count):
+        losses, quarters = [], []
+        for i in range(0, count, batch):
+            gen, n = module.rng(0, i, 6), len(images[i:i + batch])
             view = dict(flip=torch.zeros(n, dtype=torch.bool)) | (dict(told=torch.ones(n, dtype=torch.bool)) if known else {})
-            x, told = module.make_view(images[i:i + 500], classes[i:i + 500] if known else None, view)
+            x, told = module.make_view(images[i:i + batch], classes[i:i + batch] if known else None, view)
             t, noise = diffusion.draw_t(n, gen), torch.randn(x.shape, generator=gen)
+            order = t.argsort()         # for `exchange`
+            x, t, noise, told = x[order], t[order], noise[order], told[order] if known else None
             losses.append(diffusion.loss((lambda x, c: net(x, c, told)) if known else net, x, t, noise))
             quarters.append(sum((t > limit).long() for limit in diffusion.quartiles))
-    loss, quarter = torch.cat(losses), torch.cat(quarters)
+        loss, quarter = torch.cat(losses), torch.cat(quarters)
+        return [loss.mean().item(), *(loss[quarter == k].mean().item() for k in range(4))]
+
+    with torch.inference_mode():
+        mean, *by_time = measure(len(images))
+        own = measure(2000)
+        others = measure(2000) if exchange(net) else None
     Path(path).with_name("loss.json").write_text(json.dumps(dict(
-        loss=loss.mean().item(), by_time=[loss[quarter == k].mean().item() for k in range(4)],
+        loss=mean, by_time=by_time, exchanged=[100 * (b / a - 1) for a, b in zip(own, others)] if others else None,
         machine=f"{torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}",
         parameters=sum(p.numel() for p in net.parameters()))))
+
+
+def exchange(net):
+    """From now on, what conditions the decoder is of another image: of the one before in the batch. Sort the batch by time, since f
+    depends on it, too. UNet, DiT: the f that W is given. U-ViT: the [CLS] that all other tokens read in every block; without [CLS],
+    the time token, the only one which can play that part. Returns whether there is such a thing."""
+    def others(h, token):
+        h = h.clone()
+        h[:, token] = h[:, token].roll(1, dims=0)
+        return h
+
+    def wrap(block, token):
+        plain = block.forward
+
+        def forward(h, mask, *skip):
+            out = plain(others(h, token), mask, *(others(s, token) for s in skip))
+            out[:, token] = plain(h, mask, *skip)[:, token]
+            return out
+        block.forward = forward
+
+    if hasattr(net, "sc_proj"):
+        net.sc_proj.register_forward_pre_hook(lambda _, inputs: inputs[0].roll(1, dims=0))
+    elif hasattr(net, "mid_block"):
+        for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
+            wrap(block, int(net.cls))
+    return hasattr(net, "sc_proj") or hasattr(net, "mid_block")
 
 
 @contextlib.contextmanager
@@ -271,6 +308,17 @@ def table_of_layers():
     return "\n".join(lines)
 
 
+def table_of_exchange():
+    """What the condition is worth: by how much the loss rises where it is another image's."""
+    found, lines = by_name(), ["| rise of the test loss, % | seeds | all times | least noise | second quarter | third | most noise |",
+                               "|---|---|---|---|---|---|---|"]
+    for name in ("uvit none", *TABLE2, *dict.fromkeys(name for name, _ in TABLES["arrangement"] + TABLES["table7a"] + TABLES["glyphs"])):
+        rows = [r["exchanged"] for r in found[name].values() if r["exchanged"]]
+        if rows and not any(line.startswith(f"| `{name}` ") for line in lines):
+            lines.append(f"| `{name}` | {len(rows)} | " + " | ".join(cell(values, 1) for values in zip(*rows)) + " |")
+    return "\n".join(lines)
+
+
 def total():
     done = results()
     return (f"{len(done)} of the {len(jobs())} runs in the queue are done; they took {sum(sum(r['seconds']) for r in done.values()) / 3600:.1f} hours "
@@ -296,7 +344,7 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        special = dict(time=table_of_times, layers=table_of_layers, total=total)
+        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, total=total)
         return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 
