@@ -7,8 +7,9 @@ Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) netw
 Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is read once, at the end.
           The paper draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept
           in memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
-Also      Of the chosen cell: the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018); how far apart the
-          features of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
+Also      Of each cell, the linear classifier in closed form (ridge), which shows whether Adam's have converged. Of the
+          chosen one: the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018); how far apart the features
+          of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
 
 Run       python probe.py runs/.../last.pt                            # all layers at the time of Table 10
           python probe.py runs/.../last.pt --grid                     # at several times as well
@@ -112,6 +113,25 @@ def fit(get, rows, labels, classes, args):
     return W.detach(), b.detach()
 
 
+def ridge(get, rows, labels, classes, penalty=1e-4):
+    """What linear layers can tell once they have converged: least squares of the classes, as 0 and 1, on standardised
+    features, in closed form for each cell. No step size, order or seed, and the scale of the features does not matter:
+    networks that differ here differ in what their features hold. get as in fit; draw 0 is used. `penalty` times the
+    squared weights keeps it solvable where features are dead or as many as images. Returns heads as fit does."""
+    cells, _, D = get(0, rows[:1]).shape
+    shapes = (cells, D, D), (cells, D, classes), (cells, D, 1), (1, classes)
+    xx, xy, sx, sy = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+    for some in rows.split(2000):
+        x, y = get(0, some).double(), F.one_hot(labels[some].cpu(), classes).double()
+        xx, xy, sx, sy = xx + x.mT @ x, xy + x.mT @ y, sx + x.sum(1)[..., None], sy + y.sum(0)
+    n = len(rows)
+    mean, share = sx / n, sy / n
+    scale = (xx.diagonal(dim1=1, dim2=2)[..., None] / n - mean.square()).clamp(min=0).sqrt() + 1e-6
+    correlation = (xx / n - mean @ mean.mT) / (scale @ scale.mT) + penalty * torch.eye(D, dtype=torch.float64)
+    W = torch.linalg.solve(correlation, (xy / n - mean @ share) / scale) / scale
+    return W.float(), (share - mean.mT @ W).float()
+
+
 def accuracy(heads, get, rows, labels):
     """Share of right answers in % of each cell, a list, on the images `rows`: get as in fit, at epoch 0."""
     W, b = heads
@@ -158,13 +178,15 @@ def probe(module, cfg, net, args):
     using = lambda draw, cell=slice(None): lambda epoch, rows: draw(epoch % args.draws)[cell, rows]
 
     # 1. Choose (time, layer) on held-out training images. Only the best cell's features are kept from time to time.
-    table, best = [], None
+    table, exact, best = [], [], None
     for t in args.times:
-        draw, scores = draws(t, names, share=True), [math.nan] * len(names)
+        draw, scores, solved = draws(t, names, share=True), [math.nan] * len(names), [math.nan] * len(names)
         if args.choose:
             mine = accuracy(fit(using(draw), rest, labels, classes, args), using(draw), held, labels)
-            for rank, part in enumerate(everywhere(mine)):
-                scores[rank::WORLD] = part
+            also = accuracy(ridge(using(draw), rest, labels, classes), using(draw), held, labels)
+            for rank, parts in enumerate(everywhere((mine, also))):
+                scores[rank::WORLD], solved[rank::WORLD] = parts
+        exact.append(solved)
         cell = max(range(len(names)), key=lambda i: scores[i])
         table.append(scores)
         if best is None or scores[cell] > best[0]:
@@ -179,17 +201,20 @@ def probe(module, cfg, net, args):
         images[rows], None, dict(flip=torch.full((len(rows),), bool(epoch % 2) and cfg.flip)))[0].flatten(1)[None]
     raw = fit(flat(images), everyone, labels, classes, args) if args.raw else None
     train = draw(0)[cell]
+    solved = ridge(lambda _, rows: train[None, rows], everyone, labels, classes)
     test_images, test_labels = module.load_data(cfg, train=False)
     test = extract(module, net, test_images, t, [layer], args.seed, -1)[0]
     again = extract(module, net, test_images[:8 * CHUNK], t, [layer], args.seed, -2)[0]
     align, uniform = alignment_uniformity(test[:len(again)], again)
     all_test = torch.arange(len(test_labels))
-    return dict(accuracy=accuracy(head, lambda _, rows: test[None, rows], all_test, test_labels)[0],
+    right = lambda head: accuracy(head, lambda _, rows: test[None, rows], all_test, test_labels)[0]
+    return dict(accuracy=right(head), ridge=right(solved),
                 raw_pixels=accuracy(raw, flat(test_images), all_test, test_labels)[0] if raw else None,
                 knn=neighbours(train, labels, test, test_labels, classes, args.device), alignment=align,
                 uniformity=uniform, t=t, layer=layer, held_out=held_out if args.choose else None, times=args.times,
-                layers=names, held_out_accuracy=table if args.choose else None, train_images=N,
-                held_out_images=len(held), test_images=len(test_labels))
+                layers=names, held_out_accuracy=table if args.choose else None,
+                held_out_ridge=exact if args.choose else None, train_images=N, held_out_images=len(held),
+                test_images=len(test_labels))
 
 
 def everywhere(value):
@@ -420,15 +445,15 @@ def report(results, out):
     if max(len(r["layers"]) for r in results) > 1:
         save_curves(results, out / "layers.png")
     if len(results) > 1:
-        print(f"{'held-out':>9}{'test':>9}{'kNN':>9}  time, layer, checkpoint")
+        print(f"{'held-out':>9}{'test':>9}{'ridge':>9}{'kNN':>9}  time, layer, checkpoint")
         for r in results:
-            print(f"{r['held_out']:>9.2f}{r['accuracy']:>9.2f}{r['knn']:>9.2f}  t = {r['t']:g}, {r['layer']}, "
-                  f"{r['checkpoint']}")
+            print(f"{r['held_out']:>9.2f}{r['accuracy']:>9.2f}{r['ridge']:>9.2f}{r['knn']:>9.2f}  t = {r['t']:g}, "
+                  f"{r['layer']}, {r['checkpoint']}")
         print(f"chosen on held-out images: {chosen['checkpoint']}; highest on the test set: {many['highest']:.2f} %")
     r = chosen
     raw = "" if r["raw_pixels"] is None else f"raw pixels {r['raw_pixels']:.2f} %, "
-    print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}20 nearest neighbours "
-          f"{r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
+    print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}ridge {r['ridge']:.2f} %, "
+          f"20 nearest neighbours {r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
     print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + "
           f"{r['test_images']} images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, "
           f"seed {r['seed']}; {r['seconds']} s; {out / 'probe.json'}")

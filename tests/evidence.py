@@ -153,9 +153,10 @@ def run(name, seed):
     folder = f"arrangement{lines[0].split()[-1]}" if "prepare" in lines[0] else ""
     out = ROOT / "runs" / "evidence" / folder / Path(lines[-1].split()[-1]).parent.name
     loss, probe, fid = (json.loads((out / f"{kind}.json").read_text()) for kind in ("loss", "probe", "fid"))
-    curve = dict(zip(probe["layers"], probe["held_out_accuracy"][0]))
-    return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], exchanged=loss["exchanged"], accuracy=probe["accuracy"], knn=probe["knn"],
-                t=probe["t"], layer=probe["layer"], held_out=curve, fd_tiny=fid["value"], floor=fid["floor"],
+    curve, exact = (dict(zip(probe["layers"], probe[key][0])) for key in ("held_out_accuracy", "held_out_ridge"))
+    return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], exchanged=loss["exchanged"],
+                accuracy=probe["accuracy"], ridge=probe["ridge"], knn=probe["knn"], t=probe["t"], layer=probe["layer"],
+                held_out=curve, held_out_ridge=exact, fd_tiny=fid["value"], floor=fid["floor"],
                 parameters=loss["parameters"], seconds=seconds[-4:], machine=loss["machine"], commands=lines)
 
 
