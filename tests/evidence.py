@@ -298,14 +298,17 @@ def table_of_times():
 
 
 def table_of_layers():
-    """Fig. 5: held-out accuracy over the layers of the baselines, and paired differences."""
+    """Fig. 5: held-out accuracy over the layers of the baselines, and paired differences; and those of the closed form."""
     found, lines = by_name(), ["| held-out accuracy, % |" + "".join(f" layer {k} |" for k in range(1, 7)), "|---|" + "---|" * 6]
     for base, method in PAIRS:
         if shared := sorted(set(found[base]) & set(found[method])):
-            layers = [layer for layer in found[base][shared[0]]["held_out"]]
-            pairs = [[(found[base][s]["held_out"][k], found[method][s]["held_out"][k]) for s in shared] for k in layers]
-            for name, cells in ((base, [cell([a for a, _ in pair], 1) for pair in pairs]), (method, [difference(pair, 1) for pair in pairs])):
-                lines.append("| " + " | ".join([f"`{name}`", *cells] + [""] * (6 - len(cells))) + " |")
+            layers = list(found[base][shared[0]]["held_out"])
+            pairs, exact = ([[(found[base][s][key][k], found[method][s][key][k]) for s in shared] for k in layers]
+                            for key in ("held_out", "held_out_ridge"))
+            for name, cells in ((f"`{base}`", [cell([a for a, _ in pair], 1) for pair in pairs]),
+                                (f"`{method}`", [difference(pair, 1) for pair in pairs]),
+                                (f"`{method}`, ridge", [difference(pair, 1) for pair in exact])):
+                lines.append("| " + " | ".join([name, *cells] + [""] * (6 - len(cells))) + " |")
     return "\n".join(lines)
 
 
@@ -329,7 +332,8 @@ def total():
 def table(rows):
     """A Markdown table: mean and standard deviation over seeds, and paired differences (same seeds) with their interval."""
     found = by_name()
-    lines = ["| run | seeds | test loss | difference, % | probe, % | difference | FD-tiny | difference |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| run | seeds | test loss | difference, % | probe, % | difference | ridge, % | difference | FD-tiny | difference |",
+             "|---|" + "---|" * 9]
     for name, base in rows:
         runs, others = found[name], found[base] if base else {}
         if not runs:
@@ -337,7 +341,7 @@ def table(rows):
         shared = sorted(set(runs) & set(others))
         pairs = lambda key: [(others[s][key], runs[s][key]) for s in shared]
         columns = [(cell([r[key] for r in runs.values()], digits), difference(pairs(key), 2, key == "loss"))
-                   for key, digits in (("loss", 5), ("accuracy", 2), ("fd_tiny", 2))]
+                   for key, digits in (("loss", 5), ("accuracy", 2), ("ridge", 2), ("fd_tiny", 2))]
         lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(text for column in columns for text in column) + " |")
     return "\n".join(lines)
 
