@@ -70,6 +70,7 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
     (range(1), BOTH + LONG),
     (range(3), BOTH),
     (range(3), [name for name, _ in TABLES["arrangement"]]),
+    (range(1), [name for name, _ in TABLES["glyphs"]]),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
     (range(3), LONG),
