@@ -113,21 +113,23 @@ def fit(get, rows, labels, classes, args):
     return W.detach(), b.detach()
 
 
-def ridge(get, rows, labels, classes, penalty=1e-4):
-    """What linear layers can tell once they have converged: least squares of the classes, as 0 and 1, on standardised
-    features, in closed form for each cell. No step size, order or seed, and the scale of the features does not matter:
-    networks that differ here differ in what their features hold. get as in fit; draw 0 is used. `penalty` times the
-    squared weights keeps it solvable where features are dead or as many as images. Returns heads as fit does."""
+def ridge(get, rows, labels, classes, args, penalty=1e-4):
+    """Another linear classifier: least squares of the classes, as 0 and 1, on standardised features, for each cell, in
+    closed form. It has no step size, number of epochs, order or seed, and the scale of the features does not matter:
+    where it is far above fit, fit has ended too early. It is not what fit converges to: cross-entropy, trained ten times
+    as long, may do better. get as in fit; draw 0 is used. `penalty` times the squared weights keeps it solvable where
+    features are dead; it is meant for many more images than features. Returns heads as fit does."""
+    device = "cpu" if args.device.type == "mps" else args.device        # MPS has no float64
     cells, _, D = get(0, rows[:1]).shape
     shapes = (cells, D, D), (cells, D, classes), (cells, D, 1), (1, classes)
-    xx, xy, sx, sy = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+    xx, xy, sx, sy = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
     for some in rows.split(2000):
-        x, y = get(0, some).double(), F.one_hot(labels[some].cpu(), classes).double()
+        x, y = get(0, some).to(device).double(), F.one_hot(labels[some], classes).to(device).double()
         xx, xy, sx, sy = xx + x.mT @ x, xy + x.mT @ y, sx + x.sum(1)[..., None], sy + y.sum(0)
     n = len(rows)
     mean, share = sx / n, sy / n
     scale = (xx.diagonal(dim1=1, dim2=2)[..., None] / n - mean.square()).clamp(min=0).sqrt() + 1e-6
-    correlation = (xx / n - mean @ mean.mT) / (scale @ scale.mT) + penalty * torch.eye(D, dtype=torch.float64)
+    correlation = (xx / n - mean @ mean.mT) / (scale @ scale.mT) + penalty * torch.eye(D, device=device)
     W = torch.linalg.solve(correlation, (xy / n - mean @ share) / scale) / scale
     return W.float(), (share - mean.mT @ W).float()
 
@@ -183,7 +185,7 @@ def probe(module, cfg, net, args):
         draw, scores, solved = draws(t, names, share=True), [math.nan] * len(names), [math.nan] * len(names)
         if args.choose:
             mine = accuracy(fit(using(draw), rest, labels, classes, args), using(draw), held, labels)
-            also = accuracy(ridge(using(draw), rest, labels, classes), using(draw), held, labels)
+            also = accuracy(ridge(using(draw), rest, labels, classes, args), using(draw), held, labels)
             for rank, parts in enumerate(everywhere((mine, also))):
                 scores[rank::WORLD], solved[rank::WORLD] = parts
         exact.append(solved)
@@ -193,22 +195,29 @@ def probe(module, cfg, net, args):
             best = scores[cell], t, names[cell], draw, cell
     held_out, t, layer, draw, cell = best
 
-    # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set.
+    # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set. Ridge
+    # has a layer of its own, at the same time.
+    solved = exact[args.times.index(t)] if args.choose else [0]
+    best_ridge = names[max(range(len(names)), key=lambda i: solved[i])]
+    chosen = [name for name in names if name in (layer, best_ridge)]
+    cell, other = names.index(layer), names.index(best_ridge)
     if WORLD > 1 or args.draws == args.epochs:      # the others do not have it, or nobody has
-        draw, cell = draws(t, [layer], share=False), 0
+        draw, cell, other = draws(t, chosen, share=False), chosen.index(layer), chosen.index(best_ridge)
     head = fit(using(draw, slice(cell, cell + 1)), everyone, labels, classes, args)
     flat = lambda images: lambda epoch, rows: module.make_view(
         images[rows], None, dict(flip=torch.full((len(rows),), bool(epoch % 2) and cfg.flip)))[0].flatten(1)[None]
     raw = fit(flat(images), everyone, labels, classes, args) if args.raw else None
+    exact_head = ridge(using(draw, slice(other, other + 1)), everyone, labels, classes, args)
     train = draw(0)[cell]
-    solved = ridge(lambda _, rows: train[None, rows], everyone, labels, classes)
     test_images, test_labels = module.load_data(cfg, train=False)
-    test = extract(module, net, test_images, t, [layer], args.seed, -1)[0]
+    tests = extract(module, net, test_images, t, chosen, args.seed, -1)
+    test = tests[chosen.index(layer)]
     again = extract(module, net, test_images[:8 * CHUNK], t, [layer], args.seed, -2)[0]
     align, uniform = alignment_uniformity(test[:len(again)], again)
     all_test = torch.arange(len(test_labels))
-    right = lambda head: accuracy(head, lambda _, rows: test[None, rows], all_test, test_labels)[0]
-    return dict(accuracy=right(head), ridge=right(solved),
+    right = lambda head, name: accuracy(
+        head, lambda _, rows: tests[None, chosen.index(name), rows], all_test, test_labels)[0]
+    return dict(accuracy=right(head, layer), ridge=right(exact_head, best_ridge), ridge_layer=best_ridge,
                 raw_pixels=accuracy(raw, flat(test_images), all_test, test_labels)[0] if raw else None,
                 knn=neighbours(train, labels, test, test_labels, classes, args.device), alignment=align,
                 uniformity=uniform, t=t, layer=layer, held_out=held_out if args.choose else None, times=args.times,
@@ -452,8 +461,8 @@ def report(results, out):
         print(f"chosen on held-out images: {chosen['checkpoint']}; highest on the test set: {many['highest']:.2f} %")
     r = chosen
     raw = "" if r["raw_pixels"] is None else f"raw pixels {r['raw_pixels']:.2f} %, "
-    print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}ridge {r['ridge']:.2f} %, "
-          f"20 nearest neighbours {r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
+    print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}ridge {r['ridge']:.2f} % at "
+          f"{r['ridge_layer']}, 20 nearest neighbours {r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
     print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + "
           f"{r['test_images']} images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, "
           f"seed {r['seed']}; {r['seconds']} s; {out / 'probe.json'}")

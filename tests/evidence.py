@@ -157,6 +157,7 @@ def run(name, seed):
     curve, exact = (dict(zip(probe["layers"], probe[key][0])) for key in ("held_out_accuracy", "held_out_ridge"))
     return dict(name=name, seed=seed, loss=loss["loss"], loss_by_time=loss["by_time"], exchanged=loss["exchanged"],
                 accuracy=probe["accuracy"], ridge=probe["ridge"], knn=probe["knn"], t=probe["t"], layer=probe["layer"],
+                ridge_layer=probe["ridge_layer"],
                 held_out=curve, held_out_ridge=exact, fd_tiny=fid["value"], floor=fid["floor"],
                 parameters=loss["parameters"], seconds=seconds[-4:], machine=loss["machine"], commands=lines)
 
@@ -173,15 +174,16 @@ def measure_loss(path):
     known = hasattr(cfg, "uncond") and not cfg.uncond       # a network that is told the class
     diffusion, batch = module.Diffusion(cfg), 500
 
-    def measure(count):
+    def measure(count, pairs=False):
         losses, quarters = [], []
         for i in range(0, count, batch):
             gen, n = module.rng(0, i, 6), len(images[i:i + batch])
             view = dict(flip=torch.zeros(n, dtype=torch.bool)) | (dict(told=torch.ones(n, dtype=torch.bool)) if known else {})
             x, told = module.make_view(images[i:i + batch], classes[i:i + batch] if known else None, view)
             t, noise = diffusion.draw_t(n, gen), torch.randn(x.shape, generator=gen)
-            order = t.argsort()         # for `exchange`
-            x, t, noise, told = x[order], t[order], noise[order], told[order] if known else None
+            if pairs:           # of images at one time, for `exchange`
+                order = t.argsort()
+                x, t, noise, told = x[order], t[order][::2].repeat_interleave(2), noise[order], told[order] if known else None
             losses.append(diffusion.loss((lambda x, c: net(x, c, told)) if known else net, x, t, noise))
             quarters.append(sum((t > limit).long() for limit in diffusion.quartiles))
         loss, quarter = torch.cat(losses), torch.cat(quarters)
@@ -189,8 +191,8 @@ def measure_loss(path):
 
     with torch.inference_mode():
         mean, *by_time = measure(len(images))
-        own = measure(2000)
-        others = measure(2000) if exchange(net) else None
+        own = measure(2000, pairs=True)
+        others = measure(2000, pairs=True) if exchange(net) else None
     Path(path).with_name("loss.json").write_text(json.dumps(dict(
         loss=mean, by_time=by_time, exchanged=[100 * (b / a - 1) for a, b in zip(own, others)] if others else None,
         machine=f"{torch.cpu.get_capabilities()['cpu_name']}, torch {torch.__version__}",
@@ -198,12 +200,16 @@ def measure_loss(path):
 
 
 def exchange(net):
-    """From now on, what conditions the decoder is of another image: of the one before in the batch. Sort the batch by time, since f
-    depends on it, too. UNet, DiT: the f that W is given. U-ViT: the [CLS] that all other tokens read in every block; without [CLS],
-    the time token, the only one which can play that part. Returns whether there is such a thing."""
+    """From now on, what conditions the decoder is of another image: two by two, images 0 and 1, 2 and 3, ... of a batch exchange it;
+    they should be at the same time, since f depends on it, too. UNet, DiT: the f that W is given. U-ViT: the [CLS] that all other
+    tokens read in every block; without [CLS], the time token, which reads the patches as well and can play the same part. Returns
+    whether there is such a thing."""
+    def swap(f):
+        return f.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
     def others(h, token):
         h = h.clone()
-        h[:, token] = h[:, token].roll(1, dims=0)
+        h[:, token] = swap(h[:, token])
         return h
 
     def wrap(block, token):
@@ -216,7 +222,7 @@ def exchange(net):
         block.forward = forward
 
     if hasattr(net, "sc_proj"):
-        net.sc_proj.register_forward_pre_hook(lambda _, inputs: inputs[0].roll(1, dims=0))
+        net.sc_proj.register_forward_pre_hook(lambda _, inputs: swap(inputs[0]))
     elif hasattr(net, "mid_block"):
         for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
             wrap(block, int(net.cls))
@@ -304,11 +310,14 @@ def table_of_layers():
     for base, method in PAIRS:
         if shared := sorted(set(found[base]) & set(found[method])):
             layers = list(found[base][shared[0]]["held_out"])
+            more = [layer for layer in found[method][shared[0]]["held_out"] if layer not in layers]
             pairs, exact = ([[(found[base][s][key][k], found[method][s][key][k]) for s in shared] for k in layers]
                             for key in ("held_out", "held_out_ridge"))
             for name, cells in ((f"`{base}`", [cell([a for a, _ in pair], 1) for pair in pairs]),
                                 (f"`{method}`", [difference(pair, 1) for pair in pairs]),
-                                (f"`{method}`, ridge", [difference(pair, 1) for pair in exact])):
+                                (f"`{method}`, ridge", [difference(pair, 1) for pair in exact]),
+                                *((f"`{method}`, `[CLS]`" + name, [cell([found[method][s][key][k] for s in shared], 1) for k in more])
+                                  for name, key in (("", "held_out"), (", ridge", "held_out_ridge")) if more)):
                 lines.append("| " + " | ".join([name, *cells] + [""] * (6 - len(cells))) + " |")
     return "\n".join(lines)
 

@@ -59,14 +59,14 @@ def test_accuracy_finds_the_telling_cell():
 def test_ridge_is_least_squares_of_any_scale():
     """Against torch.linalg.lstsq; and scales and offsets of the features, which change what Adam finds, change nothing."""
     feats, labels = blobs()
-    W, b = probe.ridge(lambda epoch, rows: feats[:, rows].float(), torch.arange(200), labels, 4, penalty=0)
+    W, b = probe.ridge(lambda epoch, rows: feats[:, rows].float(), torch.arange(200), labels, 4, ARGS, penalty=0)
     x, y = feats.double(), torch.nn.functional.one_hot(labels, 4).double()
     exact = torch.linalg.lstsq(torch.cat([x, torch.ones(3, 200, 1)], dim=2), y.expand(3, -1, -1)).solution
     assert torch.allclose(torch.cat([W, b], dim=1).double(), exact, atol=1e-5)
     scale, test = 10 ** torch.linspace(-2, 2, 8), blobs(seed=1)
     scores = []
     for change in (lambda x: x.float(), lambda x: x.float() * scale + scale):
-        heads = probe.ridge(lambda epoch, rows: change(feats[:, rows]), torch.arange(200), labels, 4)
+        heads = probe.ridge(lambda epoch, rows: change(feats[:, rows]), torch.arange(200), labels, 4, ARGS)
         scores.append(probe.accuracy(heads, lambda epoch, rows: change(test[0][:, rows]), torch.arange(200), test[1]))
     assert scores[0] == scores[1] and scores[0][1] > 90 and max(scores[0][0], scores[0][2]) < 50
 
@@ -74,7 +74,7 @@ def test_ridge_is_least_squares_of_any_scale():
 def test_ridge_with_dead_features_and_few_images():
     feats, labels = blobs(n=6, D=20)
     feats[:, :, 10:] = 3
-    W, b = probe.ridge(lambda epoch, rows: feats[:, rows], torch.arange(6), labels, 4)
+    W, b = probe.ridge(lambda epoch, rows: feats[:, rows], torch.arange(6), labels, 4, ARGS)
     assert W.isfinite().all() and b.isfinite().all()
 
 
@@ -206,7 +206,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path, draws, where):
         status, _, err = finish(launch("probe", arguments, processes))
         assert status == 0, err[-2000:]
     one, two = (json.loads((tmp_path / f"{draws}-{n}" / "probe.json").read_text()) for n in (1, 2))
-    for key in ("accuracy", "ridge", "held_out_ridge", "raw_pixels", "knn", "t", "layer", "held_out_accuracy"):
+    for key in ("accuracy", "ridge", "ridge_layer", "held_out_ridge", "raw_pixels", "knn", "t", "layer", "held_out_accuracy"):
         assert one[key] == two[key], key
 
 
