@@ -41,7 +41,7 @@ SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs
 OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
     **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
-    "A": "", "C": "", "zero": "", "detach": "",     # other ways of the adaptive addition, see ARRANGEMENTS
+    "A": "", "C": "", "zero": "", "detach": "", "narrow": "",       # edits of edm_sc.py, see ARRANGEMENTS
     "long": "",             # the same run, twice as long: it goes on where the short one ended
 }
 TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
@@ -64,13 +64,16 @@ TABLES = {      # table: rows of (run, what it is compared with)
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
-PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), ("rf-glyphs none", "rf-glyphs adaptive")]
+PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), ("edm none narrow long", "edm adaptive narrow long"),
+         ("rf-glyphs none", "rf-glyphs adaptive")]
 TABLES["length"] = [(name, f"{name.split()[0]} none long" if "none" not in name else None) for name in LONG]
+TABLES["width"] = [("edm none narrow long", None), ("edm adaptive narrow long", "edm none narrow long")]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
     (range(1), BOTH + LONG),
     (range(3), BOTH),
     (range(3), [name for name, _ in TABLES["arrangement"]]),
     (range(1), [name for name, _ in TABLES["glyphs"]]),
+    (range(3), [name for name, _ in TABLES["width"]]),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
     (range(3), LONG),
@@ -82,7 +85,7 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
 
 # The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
 # projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer. And two
-# variants of the scripts': W = 0 at first, and f without gradient.
+# variants of the scripts': W = 0 at first, and f without gradient. Last, with and without self-conditioning, a narrower UNet.
 SCALE = '''class Scale(TimeEmbedding):
     def __init__(self, width, E):
         super().__init__(width, E)
@@ -102,6 +105,7 @@ ARRANGEMENTS = {    # edits of edm_sc.py
           "e = e + s * self.sc_proj(f)": "e = e + self.sc_last(s * self.sc_proj(f))"},
     "zero": {"self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Linear(self.D, E); [nn.init.zeros_(p) for p in self.sc_proj.parameters()]"},
     "detach": {"f = h.mean(dim=(2, 3))": "f = h.mean(dim=(2, 3)).detach()"},
+    "narrow": {'"unet_tiny": (32, (1, 2, 4),': '"unet_tiny": (32, (1, 2, 2),'},
 }
 
 
@@ -326,17 +330,24 @@ def table_of_exchange():
     """What the condition is worth: by how much the loss rises where it is another image's."""
     found, lines = by_name(), ["| rise of the test loss, % | seeds | all times | least noise | second quarter | third | most noise |",
                                "|---|---|---|---|---|---|---|"]
-    for name in ("uvit none", *TABLE2, *dict.fromkeys(name for name, _ in TABLES["arrangement"] + TABLES["table7a"] + TABLES["glyphs"])):
+    for name in ("uvit none", *TABLE2, *dict.fromkeys(name for key in ("length", "width", "arrangement", "table7a", "glyphs") for name, _ in TABLES[key])):
         rows = [r["exchanged"] for r in found[name].values() if r["exchanged"]]
         if rows and not any(line.startswith(f"| `{name}` ") for line in lines):
             lines.append(f"| `{name}` | {len(rows)} | " + " | ".join(cell(values, 1) for values in zip(*rows)) + " |")
     return "\n".join(lines)
 
 
+def chance():
+    lines = {line for text in (*map(table, TABLES.values()), table_of_times(), table_of_layers()) for line in text.splitlines()}
+    differences = [text for line in lines for text in line.split("|") if re.match(r" \**[+-].* ± ", text)]
+    return (f"Of the {len(differences)} differences below that have an interval, {sum('**' in text for text in differences)} are bold; "
+            f"if self-conditioning did nothing at all, about {len(differences) / 20:.0f} would be.")
+
+
 def total():
     done = results()
     return (f"{len(done)} of the {len(jobs())} runs in the queue are done; they took {sum(sum(r['seconds']) for r in done.values()) / 3600:.1f} hours "
-            "on one core each, beside other work, training and measuring.")
+            "on one core each, beside other work, training and measuring (of runs that were stopped, the last part is counted).")
 
 
 def table(rows):
@@ -359,7 +370,7 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, total=total)
+        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, chance=chance, total=total)
         return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 

@@ -129,7 +129,8 @@ def test_arrangements(arrangement, tmp_path, monkeypatch):
         torch.manual_seed(0)
         nets.append(script.build_net(script.make_config("glyphs")))
     x, c = torch.randn(2, 3, 16, 16), torch.randn(2)
-    assert sum(p.numel() for p in nets[0].parameters()) == sum(p.numel() for p in nets[1].parameters())
+    counts = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert counts[0] == counts[1] if arrangement != "narrow" else counts[0] < counts[1] / 2
     outs = [net(x, c) for net in nets]
     gradients = [torch.autograd.grad(out.square().sum(), net.image_proj.weight)[0] for out, net in zip(outs, nets)]
     assert not torch.allclose(gradients[0], gradients[1]) and torch.equal(outs[0], outs[1]) == (arrangement == "detach")
