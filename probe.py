@@ -116,9 +116,9 @@ def fit(get, rows, labels, classes, args):
 def ridge(get, rows, labels, classes, args, penalty=1e-4):
     """Another linear classifier: least squares of the classes, as 0 and 1, on standardised features, for each cell, in
     closed form. It has no step size, number of epochs, order or seed, and the scale of the features does not matter:
-    where it is far above fit, fit has ended too early. It is not what fit converges to: cross-entropy, trained ten times
-    as long, may do better. get as in fit; draw 0 is used. `penalty` times the squared weights keeps it solvable where
-    features are dead; it is meant for many more images than features. Returns heads as fit does."""
+    where it is far above fit, fit has ended too early. It is not what fit converges to: cross-entropy, trained ten
+    times as long, may do better. get as in fit; draw 0 is used. `penalty` times the squared weights keeps it solvable
+    where features are dead; it is meant for many more images than features. Returns heads as fit does."""
     device = "cpu" if args.device.type == "mps" else args.device        # MPS has no float64
     cells, _, D = get(0, rows[:1]).shape
     shapes = (cells, D, D), (cells, D, classes), (cells, D, 1), (1, classes)
@@ -197,8 +197,7 @@ def probe(module, cfg, net, args):
 
     # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set. Ridge
     # has a layer of its own, at the same time.
-    solved = exact[args.times.index(t)] if args.choose else [0]
-    best_ridge = names[max(range(len(names)), key=lambda i: solved[i])]
+    best_ridge = max(zip(exact[args.times.index(t)], names))[1] if args.choose else layer
     chosen = [name for name in names if name in (layer, best_ridge)]
     cell, other = names.index(layer), names.index(best_ridge)
     if WORLD > 1 or args.draws == args.epochs:      # the others do not have it, or nobody has
@@ -462,7 +461,8 @@ def report(results, out):
     r = chosen
     raw = "" if r["raw_pixels"] is None else f"raw pixels {r['raw_pixels']:.2f} %, "
     print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}ridge {r['ridge']:.2f} % at "
-          f"{r['ridge_layer']}, 20 nearest neighbours {r['knn']:.2f} %, alignment {r['alignment']:.4f}, uniformity {r['uniformity']:.3f})")
+          f"{r['ridge_layer']}, 20 nearest neighbours {r['knn']:.2f} %, alignment {r['alignment']:.4f}, "
+          f"uniformity {r['uniformity']:.3f})")
     print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + "
           f"{r['test_images']} images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, "
           f"seed {r['seed']}; {r['seconds']} s; {out / 'probe.json'}")
