@@ -342,7 +342,7 @@ def chance():
     lines = {line for text in (*map(table, TABLES.values()), table_of_times(), table_of_layers()) for line in text.splitlines()}
     differences = [text for line in lines for text in line.split("|") if re.match(r" \**[+-].* ± ", text)]
     return (f"Of the {len(differences)} differences below that have an interval, {sum('**' in text for text in differences)} are bold; "
-            f"if self-conditioning did nothing at all, about {len(differences) / 20:.0f} would be.")
+            f"if nothing that was changed had any effect, about {len(differences) / 20:.0f} would be.")
 
 
 def total():
