@@ -7,8 +7,8 @@ Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) netw
 Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is read once, at the end.
           The paper draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept
           in memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
-Also      Of each cell, the linear classifier in closed form (ridge), which shows whether Adam's have converged. Of the
-          chosen one: the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018); how far apart the features
+Also      Of each cell, a linear classifier in closed form (ridge): far above Adam's, it says that Adam ended early. Of
+          the chosen one: the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018); how far apart the features
           of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
 
 Run       python probe.py runs/.../last.pt                            # all layers at the time of Table 10

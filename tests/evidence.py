@@ -181,7 +181,7 @@ def measure_loss(path):
 
     def measure(count, pairs=False):
         losses, quarters = [], []
-        for i in range(0, count, batch):
+        for i in range(0, min(count, len(images)), batch):
             gen, n = module.rng(0, i, 6), len(images[i:i + batch])
             view = dict(flip=torch.zeros(n, dtype=torch.bool)) | (dict(told=torch.ones(n, dtype=torch.bool)) if known else {})
             x, told = module.make_view(images[i:i + batch], classes[i:i + batch] if known else None, view)

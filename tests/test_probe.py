@@ -102,6 +102,8 @@ def test_from_checkpoint_to_files(run, capsys):
     table = result["held_out_accuracy"]
     best = max(max(row) for row in table)
     assert table[result["times"].index(result["t"])][result["layers"].index(result["layer"])] == best
+    exact = result["held_out_ridge"][result["times"].index(result["t"])]
+    assert exact[result["layers"].index(result["ridge_layer"])] == max(exact) and f"ridge {result['ridge']:.2f} % at {result['ridge_layer']}" in out
     assert f"test accuracy {result['accuracy']:.2f} % at t = " in out and "ema weights of step 2" in out and "*" in out
     assert (run / "probe.png").stat().st_size > 500
 

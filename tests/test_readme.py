@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -152,6 +153,25 @@ def test_exchange(script, options):
         assert evidence.exchange(net)
         other = net(x, t)
     assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(own, other)] == [True, True, False, False]
+
+
+def test_loss_of_exchanged_conditions(tmp_path, monkeypatch):
+    """measure_loss: two by two at one time where conditions are exchanged, and times and noise that do not depend on the network."""
+    edm_sc, seen = importlib.import_module("edm_sc"), []
+    true_loss, true_load = edm_sc.EDM.loss, edm_sc.load_data
+    monkeypatch.setattr(edm_sc.EDM, "loss", lambda self, net, x, t, noise: seen.append((t, noise)) or true_loss(self, net, x, t, noise))
+    monkeypatch.setattr(edm_sc, "load_data", lambda cfg, train: tuple(part[:40] for part in true_load(cfg, train)))
+    for method in ("adaptive", "none"):
+        cfg = edm_sc.make_config("glyphs", self_cond=method)
+        edm_sc.write_checkpoint(tmp_path / f"{method}.pt", script="edm_sc", config=vars(cfg), step=0, ema=edm_sc.build_net(cfg).state_dict())
+        evidence.measure_loss(tmp_path / f"{method}.pt")
+        result = json.loads((tmp_path / "loss.json").read_text())
+        assert (result["exchanged"] is None) == (method == "none") and len(result["by_time"]) == 4
+    whole, own, others, whole_none, own_none = seen
+    assert not torch.equal(whole[0][::2], whole[0][1::2]) and torch.equal(whole[0].sort()[0][::2], own[0][::2])
+    for t, noise in (own, others):
+        assert torch.equal(t[::2], t[1::2]) and torch.equal(noise, own[1])
+    assert torch.equal(whole[0], whole_none[0]) and torch.equal(whole[1], whole_none[1])
 
 
 def test_exchange_needs_a_condition():
