@@ -8,8 +8,8 @@ Here      The cell (time, layer) is chosen on a tenth of the *training* images; 
           The paper draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept
           in memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
 Also      Of each cell, a linear classifier in closed form (ridge): far above Adam's, it says that Adam ended early. Of
-          the chosen one: the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018); how far apart the features
-          of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
+          the chosen one, the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018), how far apart the
+          features of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
 
 Run       python probe.py runs/.../last.pt                            # all layers at the time of Table 10
           python probe.py runs/.../last.pt --grid                     # at several times as well

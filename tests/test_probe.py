@@ -108,6 +108,24 @@ def test_from_checkpoint_to_files(run, capsys):
     assert (run / "probe.png").stat().st_size > 500
 
 
+def test_probe_and_ridge_choose_their_own_layers(run, monkeypatch):
+    """Each by its own held-out accuracies, here made up."""
+    solved, true_ridge, true_accuracy = [], probe.ridge, probe.accuracy
+
+    def ridge(*args):
+        solved.append(true_ridge(*args))
+        return solved[-1]
+
+    def accuracy(heads, *rest):
+        cells = len(heads[0])
+        return true_accuracy(heads, *rest) if cells == 1 else [10, 30, 20, 5] if any(heads is h for h in solved) else [40, 10, 0, 5]
+    monkeypatch.setattr(probe, "ridge", ridge)
+    monkeypatch.setattr(probe, "accuracy", accuracy)
+    probe.main([str(run / "last.pt"), "--draws", "1", "--epochs", "2", "--device", "cpu"])
+    result = json.loads((run / "probe.json").read_text())
+    assert (result["layer"], result["ridge_layer"]) == ("out_1", "cls_1") and result["held_out_ridge"] == [[10, 30, 20, 5]]
+
+
 def test_one_cell_needs_no_choice(run):
     probe.main([str(run / "last.pt"), "--layers", "out_2", "--draws", "2", "--epochs", "2", "--device", "cpu"])
     result = json.loads((run / "probe.json").read_text())
