@@ -73,15 +73,16 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
     (range(3), BOTH),
     (range(3), [name for name, _ in TABLES["arrangement"]]),
     (range(1), [name for name, _ in TABLES["glyphs"]]),
-    (range(3), [name for name, _ in TABLES["width"]]),
+    (range(1), [name for name, _ in TABLES["width"]]),
     (range(5), ["uvit none", "uvit cls"]),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
-    (range(3), LONG),
-    (range(3), [name for key in ("classes", "glyphs") for name, _ in TABLES[key]]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
     (range(5), ["edm none", "edm adaptive"]),
+    (range(3), [name for key in ("glyphs", "classes") for name, _ in TABLES[key]]),
+    (range(3), LONG),
+    (range(3), [name for name, _ in TABLES["width"]]),
 ]
 
 # The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
