@@ -5,17 +5,17 @@ Idea      A diffusion model learns features that classify well. Hand one of them
           the output of the best block, averaged over tokens, is f, and c, what conditions all blocks after it, becomes
           c + s(t) * W f. The lines are marked [SC]. Cost: 1,378,560 parameters, 1 % compute.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t = 0 is the data
-          loss = || v - (eps - x_0) ||^2 + 1 - cos(v, eps - x_0), v = v_theta(x_t, t, y)
+          loss = || v - (eps - x_0) ||^2 + 1 - cos(v, eps - x_0), v = v_theta(x_t, t, y); cos is LightningDiT's
           sample = Euler's method along dx/dt = v         250 steps; with classes y also classifier-free guidance
 Careful   This self-conditioning hands the network its own *features*. The method of the same name in Analog Bits
           (Chen et al. 2022) hands it its previous estimate of x_0: something else.
 
 Run       python dit_latent_sc.py                                           # glyphs: two CPU cores, 5 minutes
           python dit_latent_sc.py --encode --dataset imagenet100            # once: VA-VAE latents of data/imagenet100
-          torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100                    # told the classes
+          torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100 --epochs 1000      # told the classes
           torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100 --uncond           # not told the classes
           torchrun --nproc_per_node=8 dit_latent_sc.py --dataset imagenet100 --self_cond none   # the baseline
-          python dit_latent_sc.py --sample runs/.../last.pt --n 80 --guidance 1.5               # rows of one class
+          python dit_latent_sc.py --sample runs/.../last.pt --n 80 --guidance 1.5               # the classes in turn
 Expect    Table 6 (ImageNet, 90 epochs, baseline in brackets): unconditional FID 28.85, accuracy 64.42 %
           (29.69, 63.25 %); conditional FID 15.30, 62.46 % (16.01, 62.03 %), 6.11 with guidance (6.10).
           README.md: what two CPU cores reach.
@@ -69,9 +69,10 @@ class Config:
     beta2: float = 0.95          # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
     weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
+    ema_ramp: bool = True        # average over few steps at first, as DDAE does; LightningDiT does not
     flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each non-leaky transformation (0.12 on CIFAR); latents: shifted crop
+    aug: float = 0.0             # probability of each non-leaky transformation (EDM's is 0.12); latents: shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
     cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
@@ -93,8 +94,9 @@ TINY_DIT = dict(backbone="dit_tiny", tokenizer="unshuffle", cell=4, batch=32, lr
                 layer="block_4", cl_hidden=512, nfe=50)
 RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
     "glyphs": dict(TINY_DIT, epochs=8, flip=False, save_every=1, sample_every=4),
-    "imagenet100": dict(size=256),
-    "imagenet": dict(size=256, layer="block_10", epochs=90, save_every=10, sample_every=10),       # --uncond: block_9
+    "imagenet100": dict(size=256, ema_ramp=False),      # the paper: 1400 epochs with --uncond, 1000 without
+    "imagenet": dict(size=256, ema_ramp=False, epochs=90, save_every=10, sample_every=10,
+                     layer="block_10"),                 # the paper: block_9 with --uncond
     "folder": dict(size=256),
 }
 DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
@@ -784,7 +786,7 @@ class LatentRF:
 
     def loss(self, net, x, t, noise):
         """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, and 1 - their cosine over
-        channels, the mean over positions: (B,) float32."""
+        channels, the mean over positions: (B,) float32. The second is LightningDiT's, on which the paper builds."""
         v = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
         # At first v is exactly 0, where the usual eps of 1e-8 makes gradients that overflow fp16 for ever.
         turn = 1 - F.cosine_similarity(v, noise - x, dim=1, eps=0.1)                # (B, H, W)
@@ -1046,10 +1048,13 @@ def make_optimizer(net, cfg):
 
 
 @torch.no_grad()
-def update_ema(ema, net, rate, n):
-    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. The rate is min(rate, 1 - n^(-2/3)),
-    as by ema_pytorch in the authors' DDAE code: the first call copies, and short runs forget their random start."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(rate, 1 - n ** (-2 / 3)))
+def update_ema(ema, net, rate, n, ramp=True):
+    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. With `ramp` the rate is at most
+    1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first call copies, short runs forget their random
+    start, and the 0.9999 of Table 8 is reached after a million steps only; 100,000 have 0.9995."""
+    if ramp:
+        rate = min(rate, 1 - n ** (-2 / 3))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
     for mean, now in zip(ema.buffers(), net.buffers()):
         mean.copy_(now)
 
@@ -1143,7 +1148,8 @@ def restore(path, cfg, parts):
     try:
         there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
         free = {*FREE} - ({"accum"} if cfg.cl else set())
-        other = [f"{k} ({there.get(k)} there, {v} now)" for k, v in here.items() if k not in free and there.get(k) != v]
+        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # a field that is newer than it
+        other = [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]
         for name, part in parts.items() if not other else ():
             if state[name] or name != "scaler":         # a loss scaler that was off has no state
                 part.load_state_dict(state[name])
@@ -1291,7 +1297,7 @@ def run(cfg, stack):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        update_ema(mean, learner, cfg.ema, step + 1)
+        update_ema(mean, learner, cfg.ema, step + 1, cfg.ema_ramp)
         bad = torch.where(finite, 0, bad + 1)
         window += torch.where(finite, torch.cat([loss.new_ones(1), loss]), 0)
         step += 1

@@ -118,6 +118,19 @@ def test_other_config_is_refused_by_name(script, small):
     assert final(small["out"])["step"] == 2
 
 
+@one
+def test_a_run_from_before_a_field_was_there_goes_on(script, small):
+    """A field of the config that is newer than the run has had its default."""
+    script.train(script.make_config(**small, steps=1))
+    state = final(small["out"])
+    del state["config"]["ema_ramp"]
+    torch.save(state, Path(small["out"]) / "last.pt")
+    with pytest.raises(script.UserError, match=r"ema_ramp \(True there, False now\)"):
+        script.train(script.make_config(**small, ema_ramp=False, steps=2))
+    script.train(script.make_config(**small, steps=2))
+    assert final(small["out"])["step"] == 2
+
+
 @pytest.mark.parametrize("script", [pytest.param("ddpm_sc", marks=pytest.mark.slow), "uvit_sc"], indirect=True)
 def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path):
     """1 x 8, 2 x 4 and 2 x 2 x 2 images: the same losses to 1e-5 over 20 steps, the same weights to 1e-4: Adam turns the
@@ -181,7 +194,8 @@ def test_compiled_network(script, small):
 
 
 def test_ema_rate():
-    """min(rate, 1 - n^(-2/3)): the first call copies; buffers are copied, never averaged."""
+    """min(rate, 1 - n^(-2/3)): the first call copies; buffers are copied, never averaged. Without the ramp, which the latents of
+    ImageNet do not have in LightningDiT: the rate itself."""
     import uvit_sc
     net, ema = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1).requires_grad_(False)
     for n, value in ((1, 3.0), (8, 5.0), (10**9, 7.0)):
@@ -192,6 +206,11 @@ def test_ema_rate():
         rate = min(0.9, 1 - n ** (-2 / 3))
         assert ema.weight.item() == pytest.approx(rate * before + (1 - rate) * value, rel=1e-6)
         assert ema.running_mean.item() == value
+    before = ema.weight.item()
+    uvit_sc.update_ema(ema, net, 0.9, 1, ramp=False)
+    assert ema.weight.item() == pytest.approx(0.9 * before + 0.1 * 7)
+    import dit_latent_sc
+    assert [dit_latent_sc.make_config(name).ema_ramp for name in ("glyphs", "folder", "imagenet", "imagenet100")] == [True, True, False, False]
 
 
 def test_batches_see_every_image_once_an_epoch(script):
