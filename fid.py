@@ -323,7 +323,8 @@ class Statistics:
 
     def add(self, features, logits, start):
         """Features (B, D) and logits (B, classes) of the images start, start + 1, ... of the n."""
-        features, log_p = features.to(self.sum), logits.to(self.sum).log_softmax(dim=1)
+        features, logits = (v.to(self.sum.device).double() for v in (features, logits))     # MPS cannot cast
+        log_p = logits.log_softmax(dim=1)
         part = self.part[start:start + len(logits)].long()
         self.seen += len(logits)
         self.sum += features.sum(0)
@@ -580,7 +581,7 @@ def measure(side, net, device, batch):
     def add(start, images):
         for i in range(0, len(images), batch):
             x = images[i:i + batch].to(device).contiguous()             # the order in memory would change the rounding
-            with torch.backends.cudnn.flags(allow_tf32=False):          # its 10 bits of mantissa show in digit 3
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # its 10 bits of mantissa show in digit 3
                 stats.add(*net(x), start + i)
         bar.update(min(len(images) * WORLD, side.n - bar.n))
 
@@ -792,7 +793,7 @@ def main(argv=None):
         print("fid: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not sys.exc_info()[0]:     # NCCL would wait for the others, and hide the error
             dist.destroy_process_group()
 
 

@@ -314,7 +314,7 @@ def save_curves(results, path, W=760, H=420):
 def load_script(path):
     """The module that wrote a checkpoint, and the step of the checkpoint. Only the five scripts are ever imported."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)       # its tensors are not read
         script, step = state["script"], state["step"]
     except Exception as error:      # a missing or damaged file makes torch.load stumble in many ways
         fail(f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]})")

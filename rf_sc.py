@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -666,14 +665,15 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_augment(n, p, generator, mirror=True):
     """Parameters of n transformations, {name: float32 (n,)} on the generator's device; 0 is the identity. Each but the
     mirroring of columns, which half of the images get, is drawn with probability p. mirror=False: none is mirrored."""
-    def draw(kind=torch.randn, gate=p):
-        values, gates = (f(n, generator=generator, device=generator.device) for f in (kind, torch.rand))
-        return values * (gates < gate)
-    coin = lambda *args, **kwargs: (torch.rand(*args, **kwargs) < 0.5).float()
-    angle = lambda *args, **kwargs: (torch.rand(*args, **kwargs) * 2 - 1) * math.pi
-    params = dict(xflip=draw(coin, mirror), yflip=draw(coin, p * mirror), scale=draw(), rotate=draw(angle),
-                  aniso=draw(), aniso_angle=draw(angle, 0.5), translate_x=draw())
-    params["translate_y"] = draw(gate=1) * (params["translate_x"] != 0)             # one gate for both
+    uniform = lambda: torch.rand(n, generator=generator, device=generator.device)
+    normal = lambda: torch.randn(n, generator=generator, device=generator.device)
+    coin = lambda: (uniform() < 0.5).float()
+    angle = lambda: (uniform() * 2 - 1) * math.pi
+    gated = lambda values, p: values * (uniform() < p)                              # else 0
+    params = dict(xflip=gated(coin(), 1.0 * mirror), yflip=gated(coin(), p * mirror), scale=gated(normal(), p),
+                  rotate=gated(angle(), p), aniso=gated(normal(), p), aniso_angle=gated(angle(), 0.5),
+                  translate_x=gated(normal(), p))
+    params["translate_y"] = gated(normal(), 1.0) * (params["translate_x"] != 0)     # one gate for both
     return params
 
 
@@ -700,9 +700,9 @@ def apply_augment(x, params):
     mirrored, then, in one resampling, enlarged by 2^(0.2 scale), rotated by `rotate`, stretched by 2^(0.2 aniso) along
     aniso_angle and moved by translate * S / 8 pixels. Returns images and labels (B, 9). Images that are only mirrored
     cost nothing; params on the CPU spare the device the wait to learn which they are."""
-    S, labels = x.shape[-1], augment_label(params)
+    S, labels, there = x.shape[-1], augment_label(params), dict(device=x.device, non_blocking=x.is_cuda)
     for name, axis in ("xflip", -1), ("yflip", -2):
-        x = torch.where(params[name].to(x.device, non_blocking=True).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
+        x = torch.where(params[name].to(**there).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
     rows = (labels[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
     if len(rows):
         # From a place in the output to its place M z + v in the input, in pixels from the middle.
@@ -716,10 +716,10 @@ def apply_augment(x, params):
         up, down = resampling(S, x.device)
         off = torch.full((2, 1), 0.5)
         theta = torch.cat([M * (len(down.T) / len(up)), (M @ off + 2 * v - off) * (2 / len(up))], dim=2)
-        moved = rows.to(x.device)
-        grid = F.affine_grid(theta.to(x.device), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
+        moved = rows.to(**there)
+        grid = F.affine_grid(theta.to(**there), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
         x[moved] = down @ F.grid_sample(up @ x[moved] @ up.T, grid, align_corners=False) @ down.T
-    return x, labels.to(x.device)
+    return x, labels.to(**there)
 
 
 def draw_view(cfg, generator):
@@ -732,12 +732,24 @@ def make_view(images, classes, view):
     """Images uint8 (B, C, S, S) as seen in a view: float32 in [-1, 1]; and what the network is told, labels (B, 9) of
     the augmentation or None. It is never told the classes (B,)."""
     params = dict(view)
-    flip = params.pop("flip").to(images.device).view(-1, 1, 1, 1)
+    flip = params.pop("flip").to(images.device, non_blocking=images.is_cuda).view(-1, 1, 1, 1)
     x = to_float(torch.where(flip, images.flip(-1), images))
     return apply_augment(x, params) if params else (x, None)
 
 
 # ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
+
+class SumOverProcesses(torch.autograd.Function):
+    """All-reduce, and as the gradient of what all processes make of the sum, all-reduce again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes and with gradients through their
@@ -750,7 +762,7 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         def mean(x):
             x = x.mean(dim=0)
-            return dist.nn.all_reduce(x) / WORLD if WORLD > 1 else x
+            return SumOverProcesses.apply(x) / WORLD if WORLD > 1 else x
         x = x.float() - mean(x.float())
         return x * (mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
 
@@ -859,22 +871,19 @@ def batch_indices(n, batch, seed, step):
 
 
 def read_batches(images, classes, cfg, step, own, device):
-    """From a step on, the images and classes of this process's part of each global batch, on the device. For a GPU, a
-    thread reads one step ahead, as images may come from a disk. (On CPUs, its OpenMP threads would fight with ours.)"""
+    """From a step on, the images and classes of this process's part of each global batch, on the device. If the images
+    are not there, a thread reads one step ahead, as they may come from a disk."""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
-        x = images[rows.to(images.device)]
+        x = images[rows.to(images.device, non_blocking=images.is_cuda)]
         return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x, classes[rows]
-    while device.type == "cpu":
-        yield read(step)
-        step += 1
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, step)
+        ahead = None
         while True:
-            x, y = ahead.result()
+            batch = ahead.result() if ahead else read(step)
             step += 1
-            ahead = reader.submit(read, step)
-            yield x.to(device, non_blocking=True), y.to(device)
+            ahead = reader.submit(read, step) if images.device.type != device.type else None
+            yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
 
 
 def start(cfg):
@@ -899,12 +908,15 @@ def start(cfg):
 @contextlib.contextmanager
 def one_process_first():
     """The first process of each machine runs the block (it may decode all of ImageNet) before the others do."""
-    group = dist.new_group(timeout=datetime.timedelta(hours=6)) if WORLD > 1 else None
-    if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier(group)
+    if WORLD > 1:       # NCCL's first barrier would wait for ten minutes, whatever it is told
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+        if LOCAL_RANK > 0:
+            dist.barrier(group)
     yield
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier(group)
+    if WORLD > 1:
+        if LOCAL_RANK == 0:
+            dist.barrier(group)
+        dist.destroy_process_group(group)
 
 
 def autocast(cfg, device):
@@ -917,10 +929,10 @@ def autocast(cfg, device):
 
 def make_optimizer(net, cfg):
     """AdamW, without decay for biases and positions but with it for [CLS] (Appendix A)."""
-    groups = {True: [], False: []}
+    decayed, free = [], []
     for name, p in net.named_parameters():
-        groups[name.endswith(("bias", "pos_embed"))].append(p)
-    groups = [dict(params=groups[False], weight_decay=cfg.weight_decay), dict(params=groups[True], weight_decay=0.0)]
+        (free if name.endswith(("bias", "pos_embed")) else decayed).append(p)
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
@@ -931,6 +943,7 @@ def update_ema(ema, net, rate, n, ramp=True):
     start, and the 0.9999 of Table 8 is reached after a million steps only; 100,000 have 0.9995."""
     if ramp:
         rate = min(rate, 1 - n ** (-2 / 3))
+    # ema = rate ema + (1 - rate) net
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
     for mean, now in zip(ema.buffers(), net.buffers()):
         mean.copy_(now)
@@ -1096,8 +1109,8 @@ def run(cfg, stack):
         out.mkdir(parents=True, exist_ok=True)
         journal = stack.enter_context(open(out / "log.jsonl", "a"))
         lock(journal)       # until it is closed: by this function, or by the system when the process is killed
-        for part in out.glob(".*.part"):        # left by a process that was killed
-            part.unlink(missing_ok=True)
+        for stale in out.glob(".*.part"):       # left by a process that was killed
+            stale.unlink(missing_ok=True)
     if WORLD > 1:
         dist.barrier()      # nobody reads before the folder is ours
     step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
@@ -1121,10 +1134,13 @@ def run(cfg, stack):
         if step:
             print(f"resumed at step {step}", flush=True)
 
-    def save(name, **parts):
+    def save(name, **some):
         if RANK == 0:       # every process has the same state: one writes, none waits
             write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
-                             **{k: part.state_dict() for k, part in parts.items()})
+                             **{k: part.state_dict() for k, part in some.items()})
+
+    def due(every):         # whether a multiple of so many epochs ended with this step, or the run does
+        return step == total or step * cfg.batch // (every * N) > (step - 1) * cfg.batch // (every * N)
 
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
     for number in signal.SIGINT, signal.SIGTERM:
@@ -1138,7 +1154,7 @@ def run(cfg, stack):
                                    mininterval=0.2 if sys.stderr.isatty() else 20))
     while step < total and not leave:
         # 1. All that is random, drawn for the global batch: times, noise, and views of the images.
-        batch, gen, shape = next(batches), rng(cfg.seed, step, 0, device=device), (cfg.batch, *images.shape[-3:])
+        (x, y), gen, shape = next(batches), rng(cfg.seed, step, 0, device=device), (cfg.batch, *images.shape[-3:])
         t = diffusion.draw_t(cfg.batch, gen)[own]
         noise = torch.randn(shape, generator=gen, device=device)[own]
         view = draw_view(cfg, rng(cfg.seed, step, 3))
@@ -1147,10 +1163,10 @@ def run(cfg, stack):
             other_noise = torch.randn(shape, generator=gen, device=device)[own]
 
         # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
-        loss = 0
+        sums = 0
         for i in range(cfg.accum):
             mine = slice(i * share, (i + 1) * share)
-            seen_as = lambda view: make_view(*(v[mine] for v in batch), {k: v[own][mine] for k, v in view.items()})
+            seen_as = lambda view: make_view(x[mine], y[mine], {name: v[own][mine] for name, v in view.items()})
             x_0, labels = seen_as(view)
             other = seen_as(other_view) if cfg.cl else None
             if cfg.dropout:
@@ -1158,9 +1174,9 @@ def run(cfg, stack):
             with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
                 with context:
                     keys = mean.keys(*other, other_noise[mine]) if cfg.cl else None
-                    objective, part = model(x_0, labels, t[mine], noise[mine], keys)
+                    objective, numbers = model(x_0, labels, t[mine], noise[mine], keys)
                 scaler.scale(objective / cfg.accum).backward()
-            loss = loss + part / cfg.accum
+            sums = sums + numbers / cfg.accum
 
         # 3. The step. One whose gradient is not finite is skipped on the device: the CPU need not wait to look.
         scaler.unscale_(optimizer)
@@ -1176,7 +1192,7 @@ def run(cfg, stack):
         optimizer.zero_grad()
         update_ema(mean, learner, cfg.ema, step + 1, cfg.ema_ramp)
         bad = torch.where(finite, 0, bad + 1)
-        window += torch.where(finite, torch.cat([loss.new_ones(1), loss]), 0)
+        window += torch.where(finite, torch.cat([sums.new_ones(1), sums]), 0)
         step += 1
         bar.update()
 
@@ -1205,14 +1221,13 @@ def run(cfg, stack):
             logged = time.time()
 
         # 5. Files: after some epochs, every ten minutes, and at the end.
-        epoch, end = step * cfg.batch // N, step == total
-        ended = (step - 1) * cfg.batch // N < epoch
-        if end or ended and epoch % cfg.save_every == 0:
+        epoch = step * cfg.batch // N
+        if due(cfg.save_every):
             save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
-        if end or leave or ended and epoch % cfg.save_every == 0 or time.time() - saved > 600:
+        if due(cfg.save_every) or leave or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
-        if end or ended and epoch % cfg.sample_every == 0:
+        if due(cfg.sample_every):
             grid = sample(mean.net, cfg, range(80))                 # drawn by all processes together
             if RANK == 0:
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
@@ -1418,7 +1433,7 @@ def main(argv=None):
         print(f"{SCRIPT}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not sys.exc_info()[0]:     # NCCL would wait for the others, and hide the error
             dist.destroy_process_group()
 
 

@@ -178,7 +178,7 @@ def test_processes_agree(name, small, photos, cifar, tmp_path):
     runs = [launch(name, flags({**fields, "out": tmp_path / f"{n}"}), processes=n) for n in (1, 2)]
     for run in runs:
         status, _, err = finish(run)
-        assert status == 0, err
+        assert status == 0 and "Warning" not in err, err
     one, two = (torch.load(tmp_path / f"{n}" / "last.pt", weights_only=True)["optimizer"]["state"] for n in (1, 2))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
     assert len(one) > 50

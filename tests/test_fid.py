@@ -432,6 +432,19 @@ def test_resize_reaches_the_network(inception, monkeypatch):
     assert inputs["torch"].shape == (1, 3, 299, 299) and (inputs["torch"] - inputs["tensorflow"]).abs().max() > 0.05
 
 
+def test_cudnn_stays_on(monkeypatch):
+    """Without TF32, and otherwise as it was: flags() alone would switch it off."""
+    class Look(Stub):
+        def forward(self, images):
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+            return super().forward(images)
+    seen = []
+    monkeypatch.setattr(fid, "load_inception", lambda file, folder: Look())
+    folder("a", glyphs(12))
+    run("a", "glyphs")
+    assert set(seen) == {(True, False)}
+
+
 def test_resize_and_statistics(stub, capsys):
     """Each resize has its own cache, and statistics for one are not compared with images for the other."""
     a, b = folder("a", glyphs(12)), folder("b", glyphs(12, seed=8))

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def test_run_folder(script, small):
     assert script.Config(**state["config"]) == cfg == script.Config(**json.loads((Path(cfg.out) / "config.json").read_text()))
     line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
     assert set(line) == {"step", "epoch", "loss", "loss_by_time", "lr", "grad_norm", "images_per_second"} and line["epoch"] == 2
+
+
+@one
+def test_files_come_where_a_step_is_several_epochs(script, small):
+    """64 images in steps of 200: epochs 3, 6, 9 and 12 are seen, and each step passes one that is due."""
+    script.train(script.make_config(**{**small, "batch": 200, "epochs": 10, "save_every": 2, "sample_every": 5}))
+    names = sorted(path.name for path in Path(small["out"]).glob("*_*.p*"))
+    assert names == [f"ckpt_{epoch:04d}.pt" for epoch in (3, 6, 9, 12)] + ["samples_0006.png", "samples_0012.png"]
 
 
 @one
@@ -225,6 +234,49 @@ def test_random_keys_do_not_collide(script):
     """Keys that agree in their low 32 bits, or in their sum, still give different streams."""
     first = {script.rng(*key).initial_seed() for key in ((0, 1), (1, 0), (0, 1, 0), (2**32, 1), (0, 2**32 + 1))}
     assert len(first) == 5
+
+
+def test_reading_ahead(script):
+    """A thread reads what has to come from elsewhere; where the images lie on the device, none touches it."""
+    images, classes = torch.arange(64).view(-1, 1), torch.arange(64)
+    cfg, here, there = script.make_config(batch=8), torch.device("cpu"), torch.device("meta")
+    for data, device, threads in ((images, here, 0), (images.to(there), there, 0), (images, there, 1)):
+        before, batches = threading.active_count(), script.read_batches(data, classes, cfg, 3, slice(2, 6), device)
+        for step in (3, 4):
+            x, y = next(batches)
+            assert x.shape == (4, 1) and x.device == y.device == device and threading.active_count() == before + threads
+            assert device == there or y.tolist() == x[:, 0].tolist() == script.batch_indices(64, 8, 0, step)[2:6].tolist()
+        batches.close()
+
+
+def test_the_first_process_may_take_hours(script, monkeypatch):
+    """Also under NCCL, whose barriers do not wait as long as they are told."""
+    groups, ended = [], []
+    monkeypatch.setattr(script, "WORLD", 2)
+    monkeypatch.setattr(script.dist, "new_group", lambda **how: groups.append(how))
+    monkeypatch.setattr(script.dist, "barrier", lambda group: None)
+    monkeypatch.setattr(script.dist, "destroy_process_group", ended.append)
+    with script.one_process_first():
+        pass
+    assert groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 6 * 3600 and len(ended) == 1
+
+
+def test_an_error_is_shown_before_others_are_waited_for(script, monkeypatch, tmp_path):
+    """The group is left in peace where an error is under way: NCCL would wait for processes that wait for this one."""
+    left, result = [], [0, ZeroDivisionError("a fault of ours")]
+
+    def train(cfg):
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(script.dist, "destroy_process_group", lambda: left.append(1))
+    assert script.main(["--out", str(tmp_path)]) == 0 and left == [1]
+    result.pop(0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(["--out", str(tmp_path)])
+    assert left == [1]
 
 
 def test_weight_decay_groups():
