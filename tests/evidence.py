@@ -41,7 +41,7 @@ SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs
 OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
     **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
-    "A": "", "C": "", "zero": "", "detach": "", "narrow": "",       # edits of edm_sc.py, see ARRANGEMENTS
+    "A": "", "C": "", "zero": "", "detach": "", "one": "", "narrow": "",       # edits of edm_sc.py, see ARRANGEMENTS
     "long": "",             # the same run, twice as long: it goes on where the short one ended
 }
 TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
@@ -60,7 +60,7 @@ TABLES = {      # table: rows of (run, what it is compared with)
                 ("dit-cond adaptive", "dit-cond none")],
     "glyphs": [("rf-glyphs none", None), ("rf-glyphs adaptive", "rf-glyphs none"), ("dit none", None), ("dit adaptive", "dit none"),
                ("dit add", "dit none")],
-    "arrangement": [("edm none", None), *[(f"edm adaptive{word}", "edm none") for word in ("", " A", " C", " zero", " detach")]],
+    "arrangement": [("edm none", None), *[(f"edm adaptive{word}", "edm none") for word in ("", " A", " C", " zero", " detach", " one")]],
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
@@ -71,12 +71,13 @@ TABLES["width"] = [("edm none narrow long", None), ("edm adaptive narrow long", 
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
     (range(1), BOTH + LONG),
     (range(3), BOTH),
-    (range(3), [name for name, _ in TABLES["arrangement"]]),
+    (range(3), [name for name, _ in TABLES["arrangement"] if "one" not in name.split()]),
     (range(1), [name for name, _ in TABLES["glyphs"]]),
     (range(1), [name for name, _ in TABLES["width"]]),
     (range(5), ["uvit none", "uvit cls"]),
     (range(3), [name for name in TABLE3 if "edm" not in name]),
     (range(3), [name for name, _ in TABLES["table7a"]]),
+    (range(3), ["edm adaptive one"]),
     (range(3), [name for name in TABLE3 if "edm" in name]),
     (range(3), [name for name, _ in TABLES["table7bce"]]),
     (range(5), ["edm none", "edm adaptive"]),
@@ -86,8 +87,9 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
 ]
 
 # The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
-# projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer. And two
-# variants of the scripts': W = 0 at first, and f without gradient. Last, with and without self-conditioning, a narrower UNet.
+# projection of f times a linear function of the sinusoids; C, W f times such a function, and then one more linear layer. And three
+# variants of the scripts': W = 0 at first, f without gradient, and a scale that begins near 1 instead of 0. Last, with and without
+# self-conditioning, a narrower UNet.
 SCALE = '''class Scale(TimeEmbedding):
     def __init__(self, width, E):
         super().__init__(width, E)
@@ -107,6 +109,7 @@ ARRANGEMENTS = {    # edits of edm_sc.py
           "e = e + s * self.sc_proj(f)": "e = e + self.sc_last(s * self.sc_proj(f))"},
     "zero": {"self.sc_proj = nn.Linear(self.D, E)": "self.sc_proj = nn.Linear(self.D, E); [nn.init.zeros_(p) for p in self.sc_proj.parameters()]"},
     "detach": {"f = h.mean(dim=(2, 3))": "f = h.mean(dim=(2, 3)).detach()"},
+    "one": {"e = e + s * self.sc_proj(f)": "e = e + (1 + s) * self.sc_proj(f)"},
     "narrow": {'"unet_tiny": (32, (1, 2, 4),': '"unet_tiny": (32, (1, 2, 2),'},
 }
 
