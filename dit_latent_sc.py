@@ -325,7 +325,7 @@ def find_vae(cfg):
     if path.is_file() and pin.is_file() and pin.read_text().strip() != file_hash(path):
         raise UserError(f"{path} is not what was downloaded ({pin}); delete both, and the next run downloads it")
     if not path.is_file():
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(VAVAE_URL + VAVAE, timeout=30) as reply, open(part, "wb") as file:
@@ -452,10 +452,16 @@ def encode(cfg, train, device, batch=None):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, locked(path.parent):
         if path.exists():       # another process has made them while we waited
             return
-        state = json.loads(note.read_text()) if note.exists() and part.exists() else {}
+        try:
+            state = json.loads(note.read_text()) if part.exists() else {}
+        except (OSError, ValueError):       # none, or a machine that crashed has left a piece of it
+            state = {}
         there = part.stat().st_size if part.exists() else 0
         # Not begun, or begun with something else, or a machine that crashed has lost what was written.
         if state.get("facts") != facts or there < size * (state["done"] - len(state["skipped"])):
+            if there:
+                print(f"{part} was begun with other images, tokenizer or device; it is made anew", file=sys.stderr)
+            part.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
             print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free", flush=True)
             if free < 1.02 * N * size:
@@ -466,7 +472,6 @@ def encode(cfg, train, device, batch=None):
                 encode_rows(cfg, read, rows.tolist(), 1, pool, device)[0]
                 for rows in tqdm(some, desc="statistics", disable=None))) if train else
                 {name: read_facts(cfg, True)[name] for name in ("mean", "std")}))
-            part.unlink(missing_ok=True)
         mean, std = (torch.tensor(state[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         part.touch()
         with open(part, "r+b") as file, tqdm(total=N, initial=state["done"], desc=path.name, disable=None) as bar:
@@ -490,7 +495,7 @@ def encode(cfg, train, device, batch=None):
 
 
 def write_text(path, text):
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
     part.write_text(text)
     os.replace(part, path)
 
@@ -852,6 +857,7 @@ def draw_from_latents(net, cfg, seeds):
     with autocast(cfg, device):
         x = diffusion.sample(net, noise.to(device), y, net.null)
     images = to_images(cfg, x * net.latent_std + net.latent_mean)
+    # Evaluations as Table 8 counts them: one with guidance computes twice, with the class and without.
     return images, torch.full((len(x),), float(diffusion.nfe), device=device)
 
 
@@ -1220,7 +1226,10 @@ def run(cfg, stack):
     torch.manual_seed(cfg.seed)
     learner = Learner(build_net(cfg), cfg).to(device).train()
     if cfg.init and not (out / "last.pt").exists():
+        own = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}    # what latents are normalised by
         load_weights(learner.net, cfg.init)
+        for name, buffer in learner.net.named_buffers():
+            buffer.copy_(own[name])
         print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
     mean = copy.deepcopy(learner).eval().requires_grad_(False)          # its average over the steps
     optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)

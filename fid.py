@@ -53,7 +53,7 @@ def digest(parts):
 @contextlib.contextmanager
 def new_file(path):
     """A temporary file to write to, that gets its name when the block ends well: nobody ever finds half a file."""
-    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    part = Path(path).with_name(f".{Path(path).name}.{os.uname().nodename}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
@@ -66,7 +66,7 @@ def new_file(path):
 def load_tensors(path):
     """What torch.save wrote; code in it is refused, not run. Damaged files make torch.load stumble in many ways."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise UserError(f"{path} cannot be loaded ({str(error)[:200]})")
 
@@ -506,7 +506,8 @@ def image_writer(path, seeds, workers):
                 file.write(pixels.tobytes())
             yield write
     else:
-        digits, part = max(6, len(str(seeds[-1]))), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+        digits = max(6, len(str(seeds[-1])))
+        part = Path(path).with_name(f".{Path(path).name}.{os.uname().nodename}.{os.getpid()}.part")
         part.mkdir()
 
         def save(seed, image):
@@ -529,16 +530,21 @@ def open_checkpoint(path, args, device, save=None):
     if not (script := find_script(name)):
         raise UserError(f"{path} is no checkpoint of a script beside fid.py ({', '.join(SCRIPTS)}), but of {name}")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
-    changes = {name: getattr(args, name) for name in ("nfe", "guidance", "data_dir") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("nfe", "guidance", "data_dir", "vae")
+               if getattr(args, name) is not None}
     if "guidance" in changes and getattr(cfg, "uncond", True):
         raise UserError(f"--guidance {args.guidance:g}: does nothing, the network of {path} is told no classes")
+    if "vae" in changes and not hasattr(cfg, "vae"):
+        raise UserError(f"--vae {args.vae}: does nothing, {name} draws pixels")
     cfg = script.make_config(**{**dataclasses.asdict(cfg), **changes})
     net, seeds = net.to(device), range(args.seed, args.seed + args.n)
     facts = dict(script=name, step=state.get("step"), weights=args.weights.replace("model", "raw"), nfe=0)
     facts |= {} if getattr(cfg, "uncond", True) else dict(guidance=cfg.guidance)
+    facts |= dict(tol=cfg.tol) if hasattr(cfg, "tol") and not cfg.nfe else {}
+    facts |= dict(precision=str(script.autocast(cfg, device).fast_dtype).removeprefix("torch."))
 
     def draw(batch):        # all processes draw a chunk together, and all have all of it; then each takes its share
-        evaluations, size = 0, max(batch, 64)
+        evaluations, size = 0, math.ceil(batch / 64) * 64       # sample() works on 64 at a time
         with contextlib.ExitStack() as stack:
             write = agreed(lambda: stack.enter_context(image_writer(save, seeds, args.num_workers)))
             for i in range(0, args.n, size * WORLD):
@@ -581,7 +587,7 @@ def measure(side, net, device, batch):
     def add(start, images):
         for i in range(0, len(images), batch):
             x = images[i:i + batch].to(device).contiguous()             # the order in memory would change the rounding
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # its 10 bits of mantissa show in digit 3
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # its 10 bits show in digit 3
                 stats.add(*net(x), start + i)
         bar.update(min(len(images) * WORLD, side.n - bar.n))
 
@@ -598,6 +604,13 @@ def measure(side, net, device, batch):
 def save_stats(path, gaussian, n, resize):
     with new_file(path) as file:
         np.savez(file, mu=gaussian[0], sigma=gaussian[1], resize=resize, **({"n": n} if n else {}))
+
+
+def keep_stats(path, *stats):
+    try:
+        save_stats(path, *stats)
+    except OSError as error:        # data may lie where nobody may write
+        print(f"note: {path} cannot be kept for next time ({error})", file=sys.stderr)
 
 
 def score_name(kind, n):
@@ -637,7 +650,7 @@ def evaluate(args, device):
             target = agreed(lambda: measure(open_npz(cache), net, device, args.batch)[0] if first else None)
         else:
             target, _ = measure(b, net, device, args.batch)
-            agreed(lambda: save_stats(cache, target, b.n, net.resize) if first and b.hash else None)
+            agreed(lambda: keep_stats(cache, target, b.n, net.resize) if first and b.hash else None)
     gaussian, score = measure(a, net, device, args.batch)
     if b:
         fewest = a.n if b.load or not b.n or not a.n else min(a.n, b.n)     # a data set is all there is
@@ -667,7 +680,9 @@ def describe(r):
     sides = [f"{k} {s['name']}, N {s['n'] or 'unknown'}" + f", sha256 {s['sha256']}" * bool(s["sha256"])
              + (" (statistics from the cache)" if s.get("cached") else "")
              + (", " + drawn.format(**s) if "script" in s else "")
-             + (f", guidance {s['guidance']:g}" if "guidance" in s else "") for k, s in r.items() if k in ("A", "B")]
+             + (f", {s['precision']}" if "precision" in s else "") + (f", RK45 to {s['tol']:g}" if "tol" in s else "")
+             + (f", classes in turn, guidance {s['guidance']:g}" if "guidance" in s else "")
+             for k, s in r.items() if k in ("A", "B")]
     score = "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"]) if r["inception_score"] else ""
     floor = ("\nfloor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model would get; the "
              "detector's test accuracy is {detector_accuracy:.2%}").format(**r) if "floor" in r else ""
@@ -681,10 +696,9 @@ def describe(r):
 
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
-    if LOCAL_RANK == 0:     # once on each machine, if not all have the fault
-        print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)      # torchrun ends all with the first to go, which is to be the one that says why
+    if LOCAL_RANK > 0:
+        time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
+    print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -709,6 +723,7 @@ def parse_command_line(argv):
     add("--num_workers", type=int, help="threads that read or write image files, in each process (8, or one a core)")
     add("--device", default="auto", help="auto | cuda | cuda:1 | cpu | mps (auto)")
     add("--data_dir", help="data sets, Inception, caches (data_dir of checkpoint A's config, else data)")
+    add("--vae", help="VA-VAE's weights, for checkpoints of dit_latent_sc.py (what the checkpoint's config says)")
     add("--detector", choices=("inception", "tiny"), default="inception",
         help="tiny: a small classifier trained on the reference data set; gives FD-tiny, which is not FID")
     add("--inception", metavar="FILE", help="Inception weights, instead of those in --data_dir or a download")
@@ -720,7 +735,7 @@ def parse_command_line(argv):
     add("--json", metavar="FILE", help="write the result and its protocol")
     args = parser.parse_args(argv)
     tiny, drawn = args.detector == "tiny", any(str(word).endswith(".pt") for word in (args.A, args.B))
-    for name, value in dict(n=2000 if tiny else 50000, seed=0, nfe=None, guidance=None, weights="ema").items():
+    for name, value in dict(n=2000 if tiny else 50000, seed=0, nfe=None, guidance=None, vae=None, weights="ema").items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         elif not drawn:

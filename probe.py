@@ -2,11 +2,12 @@
 
 Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) network, images noised to one time, features
           of one layer averaged over positions, one linear layer, Adam 4e-3 with a cosine to 0, 15 epochs on CIFAR and
-          30 elsewhere; latents of ImageNet: 2e-3, batch 1440. The paper names no batch for pixels: 512 here, as its 4e-3
-          is 4 times what DDAE has for 128, and 128 for glyphs, where 512 would leave too few steps to converge.
+          30 elsewhere; latents of ImageNet: 2e-3, batch 1440. The paper names no batch for pixels: 512 here, as its
+          4e-3 is 4 times DDAE's for 128, and 128 for glyphs, where 512 would leave too few steps to converge.
 Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is read once, at the end.
-          DDAE's code draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made, kept
-          in memory and used in turn, and the heads of all cells are trained together: features cost time, heads do not.
+          DDAE's code draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made,
+          kept in memory and used in turn, and the heads of all layers are trained together: features cost time, heads
+          do not.
 Also      Of each cell, a linear classifier in closed form (ridge): far above Adam's, it says that Adam ended early. Of
           the chosen one, the accuracy of a vote of the 20 nearest neighbours (Wu et al. 2018), how far apart the
           features of two draws of an image lie, and how evenly those of all are spread (Wang & Isola 2020).
@@ -17,7 +18,7 @@ Run       python probe.py runs/.../last.pt                            # all laye
           python probe.py runs/A/ckpt_*.pt runs/B/ckpt_*.pt           # a row for each; curves over layers (Fig. 5)
           python probe.py runs/A/last.pt runs/B/last.pt --tokens      # also of one random position (Fig. 4)
           python probe.py --script uvit_sc --init U-ViT.pth --dataset cifar10     # weights of others, official names
-          torchrun --nproc_per_node=4 probe.py runs/.../last.pt       # images, then heads, shared by the processes
+          torchrun --nproc_per_node=4 probe.py runs/.../last.pt       # images, then layers, shared by the processes
 Writes    probe.json, probe.png (heat map of one checkpoint) and layers.png (curves), beside the last one or in --out.
 """
 import argparse, functools, importlib, json, math, os, sys, time
@@ -36,8 +37,9 @@ CHUNK = 256     # images that the network sees at a time and that share streams 
 
 def fail(message):
     """The end of a run that the user can mend: one line, status 2."""
-    if RANK == 0:
-        print(f"probe: {message}", file=sys.stderr)
+    if RANK > 0:
+        time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
+    print(f"probe: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -72,6 +74,8 @@ def extract(module, net, images, t, layers, seed, draw, flip=False, share=False)
         width = max(feats[layer].shape[1] for layer in layers)
         feats = torch.stack([F.pad(feats[k], (0, width - feats[k].shape[1], 0, CHUNK - len(x))) for k in layers])
         mine.append(feats.half().cpu())                                         # (layers, CHUNK, D)
+        if odd := [layer for layer, f in zip(layers, mine[-1]) if not f.isfinite().all()]:
+            raise module.UserError(f"features of {odd[0]} at t = {t:g} exceed float16; leave it out with --layers")
     feats, own = torch.stack(mine, dim=1), []                                   # (layers, chunks, CHUNK, D)
     for i in range(len(layers)) if WORLD > 1 else []:
         parts = [torch.empty_like(feats[i], device=device) for _ in range(WORLD)]
@@ -179,7 +183,7 @@ def probe(module, cfg, net, args):
         lambda k: extract(module, net, images, t, layers, args.seed, k, cfg.flip, share), args)
     using = lambda draw, cell=slice(None): lambda epoch, rows: draw(epoch % args.draws)[cell, rows]
 
-    # 1. Choose (time, layer) on held-out training images. Only the best cell's features are kept from time to time.
+    # 1. Choose (time, layer) on held-out training images. Features of one time are kept at a time.
     table, exact, best = [], [], None
     for t in args.times:
         draw, scores, solved = draws(t, names, share=True), [math.nan] * len(names), [math.nan] * len(names)
@@ -192,15 +196,15 @@ def probe(module, cfg, net, args):
         cell = max(range(len(names)), key=lambda i: scores[i])
         table.append(scores)
         if best is None or scores[cell] > best[0]:
-            best = scores[cell], t, names[cell], draw, cell
-    held_out, t, layer, draw, cell = best
+            best = scores[cell], t, names[cell]
+    held_out, t, layer = best
 
     # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set. Ridge
     # has a layer of its own, at the same time.
     best_ridge = max(zip(exact[args.times.index(t)], names))[1] if args.choose else layer
     chosen = [name for name in names if name in (layer, best_ridge)]
     cell, other = names.index(layer), names.index(best_ridge)
-    if WORLD > 1 or args.draws == args.epochs:      # the others do not have it, or nobody has
+    if WORLD > 1 or args.draws == args.epochs or len(args.times) > 1:       # not all have it, or nobody any more
         draw, cell, other = draws(t, chosen, share=False), chosen.index(layer), chosen.index(best_ridge)
     head = fit(using(draw, slice(cell, cell + 1)), everyone, labels, classes, args)
     flat = lambda images: lambda epoch, rows: module.make_view(
@@ -208,11 +212,13 @@ def probe(module, cfg, net, args):
     raw = fit(flat(images), everyone, labels, classes, args) if args.raw else None
     exact_head = ridge(using(draw, slice(other, other + 1)), everyone, labels, classes, args)
     train = draw(0)[cell]
-    test_images, test_labels = module.load_data(cfg, train=False)
+    with module.one_process_first():
+        test_images, test_labels = module.load_data(cfg, train=False)
     tests = extract(module, net, test_images, t, chosen, args.seed, -1)
     test = tests[chosen.index(layer)]
-    again = extract(module, net, test_images[:8 * CHUNK], t, [layer], args.seed, -2)[0]
-    align, uniform = alignment_uniformity(test[:len(again)], again)
+    some = torch.randperm(len(test_labels), generator=torch.Generator().manual_seed(args.seed))[:8 * CHUNK]
+    again = extract(module, net, test_images[some], t, [layer], args.seed, -2)[0]
+    align, uniform = alignment_uniformity(test[some], again)
     all_test = torch.arange(len(test_labels))
     right = lambda head, name: accuracy(
         head, lambda _, rows: tests[None, chosen.index(name), rows], all_test, test_labels)[0]
@@ -316,6 +322,8 @@ def load_script(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)       # its tensors are not read
         script, step = state["script"], state["step"]
+    except KeyError:
+        fail(f"{path} has weights, but not of which script; with official names they need --script and --init")
     except Exception as error:      # a missing or damaged file makes torch.load stumble in many ways
         fail(f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]})")
     if script not in SCRIPTS:
@@ -348,6 +356,7 @@ def parse_command_line(argv):
     parser.add_argument("--raw", action=argparse.BooleanOptionalAction, default=True, help="a probe of the pixels, too")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision of features")
     parser.add_argument("--data_dir", help="where the data set lies (default: as in the run)")
+    parser.add_argument("--vae", help="VA-VAE's weights, with which latents are compared (default: as in the run)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     parser.add_argument("--out", help="folder of the files written (default: that of the last checkpoint)")
     args, args.fields = parser.parse_known_args(argv)
@@ -404,7 +413,7 @@ def load(path, args):
         if RANK == 0:
             print(f"all {len(net.state_dict())} tensors of the network are in {args.init}, "
                   f"{sum(p.numel() for p in net.parameters()):,} parameters")
-    given |= dict(device=args.device, amp=args.amp) | (dict(data_dir=args.data_dir) if args.data_dir else {})
+    given |= {name: getattr(args, name) for name in ("device", "amp", "data_dir", "vae") if getattr(args, name)}
     net.cfg = module.make_config(**given)
     return module, net.cfg, net.eval(), step
 

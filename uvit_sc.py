@@ -1007,7 +1007,10 @@ def run(cfg, stack):
     torch.manual_seed(cfg.seed)
     learner = Learner(build_net(cfg), cfg).to(device).train()
     if cfg.init and not (out / "last.pt").exists():
+        own = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}    # what latents are normalised by
         load_weights(learner.net, cfg.init)
+        for name, buffer in learner.net.named_buffers():
+            buffer.copy_(own[name])
         print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
     mean = copy.deepcopy(learner).eval().requires_grad_(False)          # its average over the steps
     optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)

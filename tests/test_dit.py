@@ -270,6 +270,17 @@ def test_encoding_goes_on_where_it_was_killed(pictures, monkeypatch, capsys):
     assert "GB to write" in capsys.readouterr().out
 
 
+def test_encoding_after_a_crash(pictures, monkeypatch, capsys):
+    """A note that the machine left empty, beside latents that were begun: all is made anew, and room is what there is without."""
+    cfg, path, seen, usage = pictures, dit.latents_path(pictures, True), [], shutil.disk_usage
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(b"begun")
+    path.with_name(path.name + ".part.json").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: (seen.append(part.exists()), usage(folder))[1])
+    dit.encode(cfg, True, torch.device("cpu"))
+    assert seen == [False] and "is made anew" in capsys.readouterr().err and len(dit.load_data(cfg, True)[0]) == 37
+
+
 def test_encoding_from_the_shell_survives_sigkill(pictures):
     cfg = pictures
     arguments = ["--encode", "--dataset", "folder", "--data_dir", cfg.data_dir, "--size", 32, "--tokenizer", "unshuffle", "--cell", 8]
@@ -368,3 +379,16 @@ def test_loss_by_time_is_logged(tmp_path, photos):
     dit.train(cfg)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines[0]["loss_by_time"]) == 4 and any(line["loss_by_time"][0] for line in lines)
+
+
+def test_init_keeps_what_these_latents_are_normalised_by(tmp_path, photos):
+    """Weights may come from a run on other latents."""
+    cfg = dit.make_config(**SMALL_DIT, data_dir=str(photos), out=str(tmp_path / "run"), steps=1)
+    dit.train(cfg)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    own = state["ema"]["latent_mean"].clone()
+    state["ema"]["latent_mean"] += 3
+    torch.save(state, tmp_path / "other.pt")
+    dit.train(dit.dataclasses.replace(cfg, out=str(tmp_path / "new"), init=str(tmp_path / "other.pt")))
+    state = torch.load(tmp_path / "new" / "last.pt", weights_only=True)
+    assert torch.equal(state["model"]["latent_mean"], own) and torch.equal(state["ema"]["latent_mean"], own)

@@ -313,7 +313,9 @@ def test_checkpoint_of_a_folder(stub, monkeypatch, photos, capsys):
     result = run("rf.pt", "--n", 8, "--data_dir", photos)
     assert set(seen) == {(3, 16, 16)} and result["B"]["n"] == 64
     rf_sc.sample(net.eval(), net.cfg, range(8))
-    assert result["A"]["nfe"] == round(net.nfe, 1) > 7 and f"{result['A']['nfe']:g} NFE" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert result["A"]["nfe"] == round(net.nfe, 1) > 7 and f"{result['A']['nfe']:g} NFE" in out and "float32, RK45 to 0.1" in out
+    assert "RK45" not in run("rf.pt", "--n", 8, "--data_dir", photos, "--nfe", 3)["A"] and "RK45" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["drawn", "drawn.npz"])
@@ -430,6 +432,32 @@ def test_resize_reaches_the_network(inception, monkeypatch):
         inputs[resize] = seen.value.args[0]
     torch.testing.assert_close(inputs["tensorflow"], (fid.resize_tensorflow(image.expand(1, 3, 16, 16).float()) - 128) / 128)
     assert inputs["torch"].shape == (1, 3, 299, 299) and (inputs["torch"] - inputs["tensorflow"]).abs().max() > 0.05
+
+
+def test_statistics_that_cannot_be_kept(stub, monkeypatch, capsys):
+    """The data may lie in a folder where nobody may write."""
+    def denied(*args):
+        raise PermissionError("read-only")
+    a, b = folder("a", glyphs(30)), folder("b", glyphs(41, seed=8))
+    value = run(a, b)["value"]
+    monkeypatch.setattr(fid, "save_stats", denied)
+    assert run(a, b, "--data_dir", "other")["value"] == value and "cannot be kept for next time (read-only)" in capsys.readouterr().err
+
+
+def test_samples_come_in_whole_groups(stub, monkeypatch):
+    """sample() works on 64 at a time; what is drawn in vain costs as much."""
+    seen, sample = [], uvit_sc.sample
+    monkeypatch.setattr(uvit_sc, "sample", lambda net, cfg, seeds, **more: (seen.append(len(seeds)), sample(net, cfg, seeds, **more))[1])
+    run(checkpoint(), "--n", 150, "--nfe", 1, "--batch", 80)
+    assert seen == [128, 22]
+
+
+def test_every_process_can_say_what_is_wrong(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(fid.time, "sleep", waited.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(fid, "LOCAL_RANK", rank)
+        assert "nowhere.pt" in error(capsys, "nowhere.pt") and len(waited) == rank
 
 
 def test_cudnn_stays_on(monkeypatch):
@@ -562,7 +590,7 @@ def test_errors(stub, capsys):
             ("wide.npz", a): "2048 features", ("text.npz", a): "text.npz", ("text.pt", a): "text.pt",
             ("evil.pt",): "of fid", (a,): "with what", (a, "glyphs", "--n", "5"): "--n", (): "required",
             (a, a, "--detector", "tiny"): "data set", (a, a, "--batch", "0"): "--batch",
-            (a, a, "--unknown"): "--unknown", ("good.pt", "--nfe", "0"): "nfe", (a, "x", "--save_stats"): ".npz",
+            (a, a, "--unknown"): "--unknown", ("good.pt", "--nfe", "0"): "nfe", ("good.pt", "--vae", "x"): "draws pixels", (a, a, "--vae", "x"): "without", (a, "x", "--save_stats"): ".npz",
             (a, "wide.npz", "--save-stats"): "exists", (a, a, "--save", "x"): "--save", (a, "--save-stats"): ".npz",
             (a, a, "--device", "cuda:99"): "--device cuda:99", (a, a, "--device", "gpu"): "--device gpu",
             (a, a, "--dims", "192"): "--dims",

@@ -1,5 +1,6 @@
 """probe.py: the heads are what separate training would give, the choice is honest, the outcome is written down."""
 import argparse
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -198,13 +199,16 @@ def test_extraction_repeats_itself(run):
     (["CKPT", "--device", "cuda"], "--device cuda: this machine has none"),
     (["CKPT", "--data_dir", "EMPTY"], "cannot download cifar-100-binary.tar.gz"),
     (["OTHER"], "is a checkpoint of os"),
+    (["BARE"], "has weights, but not of which script; with official names they need --script and --init"),
+    (["CKPT", "--vae", "x.pt"], "unknown field vae"),
 ])
 def test_bad_input(run, arguments, says, capsys, tmp_path, monkeypatch):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     monkeypatch.setattr(uvit_sc, "DOWNLOADS", {k: (md5, "http://127.0.0.1:9/") for k, (md5, *_) in uvit_sc.DOWNLOADS.items()})
     torch.save({"script": "os", "step": 1}, tmp_path / "other.pt")
-    names = {"CKPT": run / "last.pt", "OTHER": tmp_path / "other.pt", "EMPTY": tmp_path / "empty"}
+    torch.save({"norm.weight": torch.ones(3)}, tmp_path / "bare.pt")
+    names = {"CKPT": run / "last.pt", "OTHER": tmp_path / "other.pt", "EMPTY": tmp_path / "empty", "BARE": tmp_path / "bare.pt"}
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         probe.main([str(names.get(word, word)) for word in arguments])
@@ -316,3 +320,50 @@ def test_draws_mirror_opposite_halves(run, monkeypatch):
     probe.extract(uvit_sc, net, images, 11, ["out_1"], 0, 1, flip=False)
     assert torch.equal(seen[0], ~seen[1]) and torch.equal(seen[2], ~seen[3]) and not torch.equal(seen[0], seen[2])
     assert not seen[4].any()
+
+
+def test_every_process_can_say_what_is_wrong(monkeypatch, capsys):
+    """But the first comes first: torchrun ends all with the first to go."""
+    waited = []
+    monkeypatch.setattr(probe.time, "sleep", waited.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(probe, "RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            probe.main(["nowhere.pt"])
+        assert caught.value.code == 2 and "nowhere.pt is no checkpoint" in capsys.readouterr().err and len(waited) == rank
+
+
+def test_one_process_reads_first(run, monkeypatch):
+    """The test images as well: they may have to be downloaded or decoded."""
+    inside, seen, load = [], [], uvit_sc.load_data
+
+    @contextlib.contextmanager
+    def first():
+        inside.append(1)
+        yield
+        inside.pop()
+    monkeypatch.setattr(uvit_sc, "one_process_first", first)
+    monkeypatch.setattr(uvit_sc, "load_data", lambda cfg, train: (seen.append((train, len(inside))), load(cfg, train))[1])
+    probe.main([str(run / "last.pt"), "--layers", "out_1", "--epochs", "1", "--no-raw", "--device", "cpu"])
+    assert seen == [(True, 1), (False, 1)]
+
+
+def test_spread_is_that_of_images_drawn_at_random(run, monkeypatch):
+    """Test images may lie class by class. Pairs are of the same image all the same."""
+    seen, extract = {}, probe.extract
+    monkeypatch.setattr(probe, "extract", lambda *args, **more: seen.setdefault(args[6], (args[2], extract(*args, **more)))[1])
+    probe.main([str(run / "last.pt"), "--layers", "out_1", "--epochs", "1", "--no-raw", "--device", "cpu"])
+    (images, one), (some, two) = seen[-1], seen[-2]
+    order = [next(i for i in range(32) if torch.equal(images[i], image)) for image in some]
+    assert sorted(order) == list(range(32)) != order
+    result = json.loads((run / "probe.json").read_text())
+    assert result["alignment"] == pytest.approx(probe.alignment_uniformity(one[0][order], two[0])[0])
+
+
+def test_features_beyond_float16(run, monkeypatch, capsys):
+    true = uvit_sc.features
+    monkeypatch.setattr(uvit_sc, "features", lambda *args, **more: {
+        name: f + 1e5 * (name == "cls_1") for name, f in true(*args, **more).items()})
+    with pytest.raises(SystemExit):
+        probe.main([str(run / "last.pt"), "--epochs", "1", "--no-raw", "--device", "cpu"])
+    assert "features of cls_1 at t = 11 exceed float16; leave it out with --layers" in capsys.readouterr().err
