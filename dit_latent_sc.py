@@ -3,7 +3,7 @@
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(b) self-conditioning, Tables 5 and 6 results, Tables 8-11.
 Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
           the output of the best block, averaged over tokens, is f, and c, what conditions all blocks after it, becomes
-          c + s(t) * W f. The lines are marked [SC]. Cost: 1,378,560 parameters, 1 % compute.
+          c + s(t) * W f. The lines are marked [SC]. Cost: 1,378,560 parameters, 1 to 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t = 0 is the data
           loss = || v - (eps - x_0) ||^2 + 1 - cos(v, eps - x_0), v = v_theta(x_t, t, y); cos is LightningDiT's
           sample = Euler's method along dx/dt = v         250 steps; with classes y also classifier-free guidance
@@ -46,7 +46,7 @@ class Config:
     cell: int = 16               # side in pixels of what one position of the latents stands for (Table 9)
     vae: str = ""                # file with the weights of VA-VAE; default: data_dir, or a download to it
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
-    init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
+    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's average
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
     backbone: str = "dit_b"      # a name in Backbone.sizes (Table 9)
@@ -165,11 +165,12 @@ def list_folders(cfg, train):
     from there, its label and a stamp that changes with the file."""
     root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
     home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
-    split = home if train else next((root / s for s in ("val", "test") if (root / s).is_dir()), root / "val")
+    tests = root / "val", root / "test"
+    split = home if train else next(filter(Path.is_dir, tests), tests[0])
     if not home.is_dir() or not split.is_dir():
         raise UserError(f"--data_dir {cfg.data_dir}: there is no folder {split if home.is_dir() else home}; "
                         f"--dataset {cfg.dataset} reads train/CLASS/*.jpg and val/CLASS/*.jpg there")
-    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
+    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and f not in tests and not f.name.startswith("."))
     if cfg.dataset == "imagenet100":
         classes = [name for name in classes if name in IMAGENET100]
     kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -1175,7 +1176,8 @@ def restore(path, cfg, parts):
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no state of this run ({error!r:.300}); move it away to start anew")
     if other:
-        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder; "
+                        f"--init {path} starts one anew from its averaged weights")
     if not whole:
         raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
     return state["step"]
@@ -1260,8 +1262,8 @@ def run(cfg, stack):
     if RANK == 0:
         journal.truncate(size)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{out}: {N} images, {sum(p.numel() for p in learner.net.parameters()):,} parameters, {total} steps of "
-              f"{cfg.batch} images, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
+        print(f"{out}: {N} images {tuple(images.shape[-3:])}, {sum(p.numel() for p in learner.net.parameters()):,} "
+              f"parameters, {total} steps of {cfg.batch}, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
         if step:
             print(f"resumed at step {step}", flush=True)
 
@@ -1389,8 +1391,8 @@ def make_config(dataset="glyphs", **overrides):
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
     data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
-    data += [f"{name}_{overrides[name]}" for name in "layer aug aug_mask cl cl_head cl_target cl_feature".split()
-             if name in overrides]
+    named = "size patch layer aug aug_mask cl cl_head cl_target cl_feature".split()
+    data += [f"{name}_{overrides[name]}" for name in named if name in overrides]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
@@ -1455,6 +1457,9 @@ def features(net, x, t, noise, last=None, place=None):
     """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
     [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
     (B,) in [0, 1), also those of one position of each image, token_k."""
+    low, high = Diffusion.limits["t_probe"]
+    if not low <= t <= high:
+        raise UserError(f"t = {t}: must lie between {low} and {high}; net.cfg.t_probe is {net.cfg.t_probe}")
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)

@@ -291,7 +291,8 @@ def load_detector(side, folder):
     key = digest([side.hash.encode(), labels.numpy(), json.dumps(DETECTOR).encode()])
     path = Path(folder) / f"detector-tiny-{side.name}-{key}.pt"
     if not path.exists():
-        net, (test, answers) = train_detector(images, labels), side.load(False)
+        test, answers = side.load(False)        # first, as it may be missing
+        net = train_detector(images, labels)
         with torch.no_grad():
             right = sum((net(x)[1].argmax(1) == y).sum().item() for x, y in zip(test.split(500), answers.split(500)))
         with new_file(path) as file:
@@ -416,7 +417,7 @@ def open_folder(path, workers):
     """Images of a folder, not of its subfolders, by name. They may differ in size. The hash is that of the files."""
     files = sorted(f for f in path.iterdir() if f.suffix[1:].lower() in EXTENSIONS and f.is_file())
     if not files:
-        raise UserError(f"{path} holds no images ({' '.join(EXTENSIONS)})")
+        raise UserError(f"{path} holds no images ({' '.join(EXTENSIONS)}); its folders are not looked into: name one")
 
     def read(file):
         try:
@@ -735,7 +736,8 @@ def parse_command_line(argv):
     add("--json", metavar="FILE", help="write the result and its protocol")
     args = parser.parse_args(argv)
     tiny, drawn = args.detector == "tiny", any(str(word).endswith(".pt") for word in (args.A, args.B))
-    for name, value in dict(n=2000 if tiny else 50000, seed=0, nfe=None, guidance=None, vae=None, weights="ema").items():
+    defaults = dict(n=2000 if tiny else 50000, seed=0, nfe=None, guidance=None, vae=None, weights="ema")
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         elif not drawn:

@@ -4,7 +4,7 @@ Paper     Appendix A, Tables 10 and 11, Fig. 4 and 5: frozen averaged (ema) netw
           of one layer averaged over positions, one linear layer, Adam 4e-3 with a cosine to 0, 15 epochs on CIFAR and
           30 elsewhere; latents of ImageNet: 2e-3, batch 1440. The paper names no batch for pixels: 512 here, as its
           4e-3 is 4 times DDAE's for 128, and 128 for glyphs, where 512 would leave too few steps to converge.
-Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is read once, at the end.
+Here      The cell (time, layer) is chosen on a tenth of the *training* images; the test set is used once, at the end.
           DDAE's code draws new flips and noise in every epoch: --draws 15 does so. By default fewer draws are made,
           kept in memory and used in turn, and the heads of all layers are trained together: features cost time, heads
           do not.
@@ -19,7 +19,8 @@ Run       python probe.py runs/.../last.pt                            # all laye
           python probe.py runs/A/last.pt runs/B/last.pt --tokens      # also of one random position (Fig. 4)
           python probe.py --script uvit_sc --init U-ViT.pth --dataset cifar10     # weights of others, official names
           torchrun --nproc_per_node=4 probe.py runs/.../last.pt       # images, then layers, shared by the processes
-Writes    probe.json, probe.png (heat map of one checkpoint) and layers.png (curves), beside the last one or in --out.
+Writes    probe.json (of several: probes.json), probe.png (heat map of one checkpoint) and layers.png (curves), beside
+          the last one or in --out.
 """
 import argparse, functools, importlib, json, math, os, sys, time
 from pathlib import Path
@@ -171,6 +172,7 @@ def probe(module, cfg, net, args):
     """The whole protocol for one network; returns the result as a dict of plain types."""
     with module.one_process_first():
         images, labels = module.load_data(cfg, train=True)
+        test_images, test_labels = module.load_data(cfg, train=False)       # may be missing: better now than in an hour
     names, classes = list(args.layers), int(labels.max()) + 1
     if args.n and args.n < len(labels):
         some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:args.n].sort()[0]
@@ -199,8 +201,8 @@ def probe(module, cfg, net, args):
             best = scores[cell], t, names[cell]
     held_out, t, layer = best
 
-    # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then read the test set. Ridge
-    # has a layer of its own, at the same time.
+    # 2. Train the chosen cell's head on all training images, and one on raw pixels. Only then use the test images.
+    # Ridge has a layer of its own, at the same time.
     best_ridge = max(zip(exact[args.times.index(t)], names))[1] if args.choose else layer
     chosen = [name for name in names if name in (layer, best_ridge)]
     cell, other = names.index(layer), names.index(best_ridge)
@@ -212,8 +214,6 @@ def probe(module, cfg, net, args):
     raw = fit(flat(images), everyone, labels, classes, args) if args.raw else None
     exact_head = ridge(using(draw, slice(other, other + 1)), everyone, labels, classes, args)
     train = draw(0)[cell]
-    with module.one_process_first():
-        test_images, test_labels = module.load_data(cfg, train=False)
     tests = extract(module, net, test_images, t, chosen, args.seed, -1)
     test = tests[chosen.index(layer)]
     some = torch.randperm(len(test_labels), generator=torch.Generator().manual_seed(args.seed))[:8 * CHUNK]
@@ -451,8 +451,10 @@ def report(results, out):
     reports the highest test accuracy (Appendix A: of epochs 800, 1000 and 1200), which is said as well."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = max(results, key=lambda r: r["held_out"] if len(results) > 1 else 0)
-    many = dict(results=results, chosen=chosen["checkpoint"], highest=max(r["accuracy"] for r in results))
-    (out / "probe.json").write_text(json.dumps(many if len(results) > 1 else chosen, indent=1))
+    accuracies = torch.tensor([r["accuracy"] for r in results])
+    many = dict(results=results, chosen=chosen["checkpoint"], highest=accuracies.max().item())
+    file = out / ("probes.json" if len(results) > 1 else "probe.json")      # one beside a checkpoint stays what it is
+    file.write_text(json.dumps(many if len(results) > 1 else chosen, indent=1))
     for r in results:
         if len(r["times"]) * len(r["layers"]) > 1:
             print(f"{r['checkpoint']}: accuracy (%) on {r['held_out_images']} held-out training images")
@@ -466,7 +468,8 @@ def report(results, out):
         for r in results:
             print(f"{r['held_out']:>9.2f}{r['accuracy']:>9.2f}{r['ridge']:>9.2f}{r['knn']:>9.2f}  t = {r['t']:g}, "
                   f"{r['layer']}, {r['checkpoint']}")
-        print(f"chosen on held-out images: {chosen['checkpoint']}; highest on the test set: {many['highest']:.2f} %")
+        print(f"chosen on held-out images: {chosen['checkpoint']}; test set: highest {many['highest']:.2f} %, "
+              f"mean {accuracies.mean():.2f} +- {accuracies.std():.2f} %")
     r = chosen
     raw = "" if r["raw_pixels"] is None else f"raw pixels {r['raw_pixels']:.2f} %, "
     print(f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} ({raw}ridge {r['ridge']:.2f} % at "
@@ -474,7 +477,7 @@ def report(results, out):
           f"uniformity {r['uniformity']:.3f})")
     print(f"protocol: {r['weights']} weights of step {r['step']}, {r['dataset']} {r['train_images']} + "
           f"{r['test_images']} images, {r['draws']} draws, {r['epochs']} epochs, batch {r['batch']}, lr {r['lr']:g}, "
-          f"seed {r['seed']}; {r['seconds']} s; {out / 'probe.json'}")
+          f"seed {r['seed']}; {r['seconds']} s; {file}")
 
 
 if __name__ == "__main__":

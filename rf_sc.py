@@ -3,7 +3,7 @@
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2, 7a results, Tables 8-11.
 Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
           the best layer's map, averaged over positions, is f, and e, what conditions all layers after it, becomes
-          e + s(t) * W f. The lines are marked [SC]. Cost: 460,288 parameters, 1 % compute.
+          e + s(t) * W f. The lines are marked [SC]. Cost: 460,288 parameters, 1 to 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t in [0, 1], 0 = data
           loss = || v_theta(x_t, t) - (eps - x_0) ||^2    the velocity dx_t / dt
           sample = RK45 on dx / dt = v_theta(x, t)        140-160 network evaluations, as many as an image needs
@@ -44,7 +44,7 @@ class Config:
     size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
-    init: str = ""               # weights to start from: an official state_dict, or a checkpoint of this script
+    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's average
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
     backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
@@ -251,11 +251,12 @@ def list_folders(cfg, train):
     from there, its label and a stamp that changes with the file."""
     root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
     home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
-    split = home if train else next((root / s for s in ("val", "test") if (root / s).is_dir()), root / "val")
+    tests = root / "val", root / "test"
+    split = home if train else next(filter(Path.is_dir, tests), tests[0])
     if not home.is_dir() or not split.is_dir():
         raise UserError(f"--data_dir {cfg.data_dir}: there is no folder {split if home.is_dir() else home}; "
                         f"--dataset {cfg.dataset} reads train/CLASS/*.jpg and val/CLASS/*.jpg there")
-    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and not f.name.startswith("."))
+    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and f not in tests and not f.name.startswith("."))
     if cfg.dataset == "imagenet100":
         classes = [name for name in classes if name in IMAGENET100]
     kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -344,20 +345,20 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
 def load_data(cfg, train):
     """The training or test images of cfg.dataset, uint8 (N, C, H, W), and labels, int64 (N,), as CPU tensors."""
     (C, _, classes), S = DATASETS[cfg.dataset], cfg.size
-    read = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
-                tiny_imagenet=read_tiny_imagenet).get(cfg.dataset, read_folders)
+    downloaded = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
+                      tiny_imagenet=read_tiny_imagenet)
     try:
         if cfg.dataset == "glyphs":
             images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
         else:
-            images, labels = read(cfg, train)
+            images, labels = downloaded.get(cfg.dataset, read_folders)(cfg, train)
         if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < (classes or 2**16):
             raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
     except UserError:
         raise
     except (OSError, EOFError, LookupError, AttributeError, ValueError, RecursionError, tarfile.TarError,
             zipfile.BadZipFile, zlib.error) as error:
-        remedy = "" if read is read_folders else "; delete what is damaged, and the next run downloads it"
+        remedy = "; delete what is damaged, and the next run downloads it" if cfg.dataset in downloaded else ""
         error = " ".join(str(error).split())
         raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({error}){remedy}")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
@@ -463,7 +464,7 @@ class Resample(nn.Module):
 
 class UNet(nn.Module):
     """Down through the levels, a middle, up again with skip connections. The decoder is conditioned on its features."""
-    sizes = {  # base width, multiple of it at each level, blocks per level, BigGAN resampling, side with attention
+    sizes = {  # base width, multiple of it at each level, blocks per level, BigGAN resampling, side of attention maps
         "unet_tiny": (32, (1, 2, 4), 1, False, 8),
         "ddpm": (128, (1, 2, 2, 2), 2, False, 16),
         "ddpmpp": (128, (2, 2, 2), 4, True, 16),
@@ -473,6 +474,8 @@ class UNet(nn.Module):
         super().__init__()
         base, multiples, depth, biggan, attention = self.sizes[cfg.backbone]
         C, side, E, p = DATASETS[cfg.dataset][0], cfg.size, 4 * base, cfg.dropout
+        sides = [side >> level for level in range(len(multiples))]
+        attention = min(sides, key=lambda s: abs(s - attention))        # at other sizes than the paper's, the nearest
         self.image_proj = nn.Conv2d(C, base, 3, padding=1)
         self.time_emb = TimeEmbedding(base, E, cfg.aug > 0)
         self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
@@ -1047,7 +1050,8 @@ def restore(path, cfg, parts):
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no state of this run ({error!r:.300}); move it away to start anew")
     if other:
-        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder")
+        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder; "
+                        f"--init {path} starts one anew from its averaged weights")
     if not whole:
         raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
     return state["step"]
@@ -1132,8 +1136,8 @@ def run(cfg, stack):
     if RANK == 0:
         journal.truncate(size)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{out}: {N} images, {sum(p.numel() for p in learner.net.parameters()):,} parameters, {total} steps of "
-              f"{cfg.batch} images, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
+        print(f"{out}: {N} images {tuple(images.shape[-3:])}, {sum(p.numel() for p in learner.net.parameters()):,} "
+              f"parameters, {total} steps of {cfg.batch}, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
         if step:
             print(f"resumed at step {step}", flush=True)
 
@@ -1261,8 +1265,8 @@ def make_config(dataset="glyphs", **overrides):
     data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
     data += [cfg.backbone] if "backbone" in overrides else []
     data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
-    data += [f"{name}_{overrides[name]}" for name in "layer aug aug_mask cl cl_head cl_target cl_feature".split()
-             if name in overrides]
+    named = "size patch layer aug aug_mask cl cl_head cl_target cl_feature".split()
+    data += [f"{name}_{overrides[name]}" for name in named if name in overrides]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
@@ -1327,6 +1331,9 @@ def features(net, x, t, noise, last=None, place=None):
     """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
     [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
     (B,) in [0, 1), also those of one position of each image, token_k."""
+    low, high = Diffusion.limits["t_probe"]
+    if not low <= t <= high:
+        raise UserError(f"t = {t}: must lie between {low} and {high}; net.cfg.t_probe is {net.cfg.t_probe}")
     diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
     last = last or Backbone.choices(net.cfg)["layer"][-1]
     return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)

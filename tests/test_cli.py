@@ -137,6 +137,9 @@ def test_default_run_folders_are_apart(script):
     layer = script.Backbone.choices(script.make_config("glyphs"))["layer"][0]
     ablations = dict(), dict(cl=0.1), dict(cl=0.1, cl_head="plain"), dict(cl=0.1, cl_target="min"), dict(aug=0.2), dict(aug=0.2, cl=0.1), dict(layer=layer)
     assert len({script.make_config("glyphs", **{"cl": 0.01, **fields}).out for fields in ablations}) == 7
+    assert script.make_config("folder", size=32).out != script.make_config("folder").out
+    if hasattr(script.Config, "patch"):
+        assert script.make_config("glyphs", patch=2).out != script.make_config("glyphs").out
 
 
 def test_what_the_system_refuses_is_one_line(script, small, capsys):

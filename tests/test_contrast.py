@@ -188,13 +188,15 @@ def test_processes_agree(name, small, photos, cifar, tmp_path):
 
 
 def test_two_views(script, small, monkeypatch):
-    """The teacher sees the same images in other views and other noise."""
-    seen, true = [], script.Learner.keys
-    monkeypatch.setattr(script.Learner, "keys", lambda self, x, y, noise: (seen.append((x, noise)), true(self, x, y, noise))[1])
+    """The teacher, another network that is not trained, sees the same images in other views and other noise."""
+    seen, who, true = [], [], script.Learner.keys
+    monkeypatch.setattr(script.Learner, "keys", lambda self, x, y, noise: (
+        seen.append((x, noise)), who.append(self), true(self, x, y, noise))[2])
     forward = script.Learner.forward
     monkeypatch.setattr(script.Learner, "forward", lambda self, x, y, t, noise, keys: (
-        seen.append((x, noise)), forward(self, x, y, t, noise, keys))[1])
+        seen.append((x, noise)), who.append(self), forward(self, x, y, t, noise, keys))[2])
     script.train(script.make_config(**small, cl=0.01, cl_hidden=16, steps=1))
+    assert [any(p.requires_grad for p in learner.parameters()) for learner in who] == [False, True]
     (x, noise), (y, other) = seen
     assert (noise - other).abs().min(dim=0)[0].max() > 0.1
     flips = [torch.equal(a, b.flip(-1)) for a, b in zip(x, y)]

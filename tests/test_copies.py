@@ -4,6 +4,7 @@ import difflib
 import importlib
 import itertools
 import re
+import subprocess
 
 import pytest
 
@@ -79,3 +80,10 @@ def test_scripts_import_nothing_of_the_project():
         imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not imported & {*SCRIPTS, "probe", "fid"}
         importlib.import_module(name)
+
+
+@pytest.mark.parametrize("other, words", [("edm_sc", r"(\d+) lines are replaced by (\d+)"), ("rf_sc", r"rectified flow: (\d+) by (\d+)")])
+def test_readme_counts_the_lines_that_differ(other, words):
+    out = subprocess.run(["diff", ROOT / "ddpm_sc.py", ROOT / f"{other}.py"], capture_output=True, text=True).stdout.splitlines()
+    counted = [int(n) for n in re.search(words, (ROOT / "README.md").read_text()).groups()]
+    assert counted == [sum(line.startswith(mark) for line in out) for mark in "<>"]

@@ -187,10 +187,10 @@ def test_inception_computes_what_pytorch_fid_computes(inception):
 
 
 def test_command_with_inception(inception_file, capsys):
-    a, b = glyphs(12), glyphs(14, seed=8)
+    a, b = glyphs(10), glyphs(2, seed=8)
     result = run(folder("a", a), folder("b", b), "--inception", inception_file)
     out, err = capsys.readouterr()
-    assert result["score"] == "FID-12" and out.startswith(f"FID-12 {result['value']:.4f}   Inception Score 1.")
+    assert result["score"] == "FID-2" and out.startswith(f"FID-2 {result['value']:.4f}   Inception Score 1.")
     assert out.count("\n") == 2 and fid.digest([inception_file.read_bytes()]) in out
     assert err.count("WARNING") == 2 and "2048" in err
     run("--save-stats", folder("c", a[:2]), "a.npz", "--inception", inception_file)
@@ -432,6 +432,12 @@ def test_resize_reaches_the_network(inception, monkeypatch):
         inputs[resize] = seen.value.args[0]
     torch.testing.assert_close(inputs["tensorflow"], (fid.resize_tensorflow(image.expand(1, 3, 16, 16).float()) - 128) / 128)
     assert inputs["torch"].shape == (1, 3, 299, 299) and (inputs["torch"] - inputs["tensorflow"]).abs().max() > 0.05
+
+
+def test_a_folder_of_folders(capsys):
+    Path("a").mkdir()
+    folder("a/b", glyphs(3))
+    assert "its folders are not looked into: name one" in error(capsys, "a", "a/b")
 
 
 def test_statistics_that_cannot_be_kept(stub, monkeypatch, capsys):

@@ -165,3 +165,11 @@ def test_tiny_imagenet(tmp_path, capsys):
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK cut short")
     with pytest.raises(UserError, match="cannot be read"):
         load_data(cfg, train=True)
+
+
+def test_test_images_are_no_class(tmp_path):
+    """Class folders may lie beside val/, whose images must never be trained on."""
+    for name in ("ant/a.png", "bee/b.png", "val/ant/c.png", "val/bee/d.png"):
+        write(tmp_path / name, picture(9, 9))
+    cfg = make_config("folder", data_dir=str(tmp_path), size=16, patch=4)
+    assert [load_data(cfg, train)[1].tolist() for train in (True, False)] == [[0, 1], [0, 1]]

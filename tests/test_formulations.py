@@ -186,3 +186,18 @@ def test_rk45_runs_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         formulation.sample(lambda x, t: seen.append((x @ weight).dtype) or -x, noise(1, torch.float32))
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["ddpm_sc", "edm_sc", "rf_sc"])
+def test_quarters_of_the_training_times(name):
+    """As many of each are drawn, and they are in the order of their noise."""
+    import importlib
+    script = importlib.import_module(name)
+    diffusion = script.Diffusion(script.make_config())
+    t = diffusion.draw_t(40000, torch.Generator().manual_seed(0))
+    quarter = sum((t > limit).long() for limit in diffusion.quartiles)
+    assert all(abs((quarter == k).float().mean() - 0.25) < 0.01 for k in range(4))
+    one = torch.ones(4, 1, 1, 1)
+    times = torch.stack([t[quarter == k][:1] for k in range(4)]).flatten()
+    signal, noise = diffusion.add_noise(one, times, 0 * one).flatten(), diffusion.add_noise(0 * one, times, one).flatten()
+    assert ((noise / signal).diff() > 0).all()

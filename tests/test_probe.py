@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import probe
 import uvit_sc
-from conftest import finish, launch
+from conftest import SMALL, finish, launch
 
 ARGS = argparse.Namespace(seed=0, epochs=6, batch=32, lr=4e-3, device=torch.device("cpu"))
 
@@ -87,11 +88,17 @@ def test_draws_are_used_in_turn():
     assert torch.equal(one, fit([feats, feats], labels, 4, ARGS)[0])
 
 
-@pytest.fixture
-def run(small):
-    cfg = uvit_sc.make_config(**small, steps=2)
+@pytest.fixture(scope="module")
+def trained(cifar, tmp_path_factory):
+    torch.set_num_threads(1)
+    cfg = uvit_sc.make_config(**SMALL, data_dir=str(cifar), out=str(tmp_path_factory.mktemp("trained") / "run"), steps=2)
     uvit_sc.train(cfg)
     return Path(cfg.out)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_from_checkpoint_to_files(run, capsys):
@@ -163,12 +170,24 @@ def test_test_labels_do_not_touch_the_choice(run, monkeypatch):
     assert any(results[0][key] != results[1][key] for key in ("accuracy", "raw_pixels"))
 
 
-def test_epochs_of_table_11(monkeypatch, tmp_path, cifar):
-    """15 on CIFAR, 30 elsewhere, and what --epochs says."""
+def test_the_choice_knows_no_held_out_image(run, monkeypatch):
+    """Heads that choose are trained on the images that do not judge them; then one head on all."""
+    rows, judged, fit, ridge, accuracy = [], [], probe.fit, probe.ridge, probe.accuracy
+    monkeypatch.setattr(probe, "fit", lambda get, some, *rest: (rows.append(some), fit(get, some, *rest))[1])
+    monkeypatch.setattr(probe, "ridge", lambda get, some, *rest: (rows.append(some), ridge(get, some, *rest))[1])
+    monkeypatch.setattr(probe, "accuracy", lambda heads, get, some, labels: (judged.append(some), accuracy(heads, get, some, labels))[1])
+    probe.main([str(run / "last.pt"), "--draws", "1", "--epochs", "1", "--no-raw", "--device", "cpu"])
+    for some, held in zip(rows[:2], judged[:2]):
+        assert not set(some.tolist()) & set(held.tolist()) and len(some) + len(held) == 64
+    assert [len(some) for some in rows[2:]] == [64, 64] and [len(some) for some in judged[2:]] == [32, 32]
+
+
+def test_settings_of_table_11(monkeypatch, tmp_path, cifar):
+    """15 epochs on CIFAR, 30 elsewhere, and what --epochs says; batches and rates as the docstring says."""
     seen = []
 
     def stop(module, cfg, net, args):
-        seen.append(args.epochs)
+        seen.append((args.epochs, args.batch, args.lr))
         raise module.UserError("enough")
     monkeypatch.setattr(probe, "probe", stop)
     for dataset in ("cifar10", "cifar100", "glyphs"):
@@ -177,7 +196,12 @@ def test_epochs_of_table_11(monkeypatch, tmp_path, cifar):
         for more in ([], ["--epochs", "7"]):
             with pytest.raises(SystemExit):
                 probe.main([str(tmp_path / "net.pt"), "--device", "cpu", *more])
-    assert seen == [15, 7, 15, 7, 30, 7]
+    assert seen == [(15, 512, 4e-3), (7, 512, 4e-3)] * 2 + [(30, 128, 4e-3), (7, 128, 4e-3)]
+    args = probe.parse_command_line(["x.pt", "--device", "cpu"])
+    import dit_latent_sc
+    for name, batch, lr in (("imagenet", 1440, 2e-3), ("glyphs", 128, 4e-3)):
+        found = probe.settle(dit_latent_sc, dit_latent_sc.make_config(name, device="cpu"), args)
+        assert (found.epochs, found.batch, found.lr) == (30, batch, lr)
 
 
 def test_extraction_repeats_itself(run):
@@ -237,11 +261,13 @@ def test_two_processes_find_what_one_finds(run, tmp_path, draws, where):
 def test_several_checkpoints(run, tmp_path, capsys):
     """A row for each, the best on held-out images, the highest on the test set, and one picture of the curves."""
     probe.main([str(run / "last.pt"), str(run / "ckpt_0000.pt"), "--tokens", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path)])
-    many = json.loads((tmp_path / "probe.json").read_text())
+    many = json.loads((tmp_path / "probes.json").read_text())
     held = [r["held_out"] for r in many["results"]]
     assert many["chosen"] == many["results"][held.index(max(held))]["checkpoint"] and len(held) == 2
     assert many["highest"] == max(r["accuracy"] for r in many["results"]) and "token_2" in many["results"][0]["layers"]
-    assert (tmp_path / "layers.png").stat().st_size > 500 and "highest on the test set" in capsys.readouterr().out
+    assert (tmp_path / "layers.png").stat().st_size > 500 and not (tmp_path / "probe.json").exists()
+    values = torch.tensor([r["accuracy"] for r in many["results"]])
+    assert f"test set: highest {values.max():.2f} %, mean {values.mean():.2f} +- {values.std():.2f} %" in capsys.readouterr().out
 
 
 def test_the_best_is_chosen_on_held_out_images(run, tmp_path, capsys):
@@ -249,7 +275,7 @@ def test_the_best_is_chosen_on_held_out_images(run, tmp_path, capsys):
     result = json.loads((run / "probe.json").read_text())
     pair = [result | dict(checkpoint=name, held_out=held, accuracy=test) for name, held, test in (("x/a.pt", 60.0, 50.0), ("x/b.pt", 50.0, 70.0))]
     probe.report(pair, tmp_path)
-    many = json.loads((tmp_path / "probe.json").read_text())
+    many = json.loads((tmp_path / "probes.json").read_text())
     assert many["chosen"] == "x/a.pt" and many["highest"] == 70 and "test accuracy 50.00 %" in capsys.readouterr().out
 
 

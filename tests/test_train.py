@@ -123,6 +123,8 @@ def test_other_config_is_refused_by_name(script, small):
     with pytest.raises(script.UserError, match=r"lr \(0.0004 there, 0.001 now\).*seed \(0 there, 3 now\)|"
                                                r"seed \(0 there, 3 now\).*lr \(.* there, 0.001 now\)"):
         script.train(script.make_config(**{**small, "lr": 1e-3, "seed": 3}, steps=2))
+    with pytest.raises(script.UserError, match=r"; --init .*last.pt starts one anew from its averaged weights"):
+        script.train(script.make_config(**{**small, "lr": 1e-3}, steps=2))
     script.train(script.make_config(**{**small, "accum": 2, "save_every": 7}, steps=2))     # these bend no curve
     assert final(small["out"])["step"] == 2
 
@@ -158,6 +160,18 @@ def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path
 
 
 @one
+def test_warm_up_and_clipping(script, small, monkeypatch):
+    """The learning rate rises in equal steps over --warmup epochs, 8 steps each; gradients have a norm of 1 at most."""
+    limits, clip = [], script.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(script.nn.utils, "clip_grad_norm_", lambda parameters, norm: (limits.append(norm), clip(parameters, norm))[1])
+    script.train(script.make_config(**{**small, "warmup": 1.5}, steps=16))
+    lines = map(json.loads, (Path(small["out"]) / "log.jsonl").read_text().splitlines())
+    lr = small.get("lr", script.Config.lr)
+    assert [line["lr"] for line in lines] == pytest.approx([lr * min(1, step / 12) for step in range(1, 17)])
+    assert limits == [1] * 16
+
+
+@one
 def test_nonfinite_gradients_are_skipped(script, small, monkeypatch):
     """A NaN step changes no weight and the run goes on; ten in a row end it with the last good checkpoint untouched."""
     script.train(script.make_config(**small, steps=4))
@@ -190,15 +204,19 @@ def test_mixed_precision(script, small, amp):
     assert bool(state["scaler"]) == (amp == "fp16")
     script.train(script.make_config(**{**small, "out": small["out"] + "32"}, steps=8))
     pairs = [(a, b) for a, b in zip(mixed, losses(small["out"] + "32")) if a is not None]       # fp16 may skip the first steps
-    assert len(pairs) > 4 and max(abs(a - b) for a, b in pairs) < 0.02
+    assert len(pairs) > 4 and 0 < max(abs(a - b) for a, b in pairs) < 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ddpm_sc", "uvit_sc", "dit_latent_sc"], indirect=True)
-def test_compiled_network(script, small):
+def test_compiled_network(script, small, monkeypatch):
     """--compile gives the losses of the eager network, where there is a compiler."""
+    compiled, true = [], script.Backbone.compile
+    monkeypatch.setattr(script.Backbone, "compile", lambda self, *args, **more: (compiled.append(1), true(self, *args, **more))[1])
     script.train(script.make_config(**small, steps=8))
+    assert not compiled
     script.train(script.make_config(**{**small, "out": small["out"] + "c"}, steps=8, compile=True))
+    assert compiled
     assert max(abs(a - b) for a, b in zip(losses(small["out"]), losses(small["out"] + "c"))) < 1e-5
 
 

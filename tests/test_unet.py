@@ -60,6 +60,28 @@ def test_recipes_of_the_paper():
     assert importlib.import_module("ddpm_sc").make_config("cifar10", backbone="ddpmpp", layer="out_3", batch=64).layer == "out_3"
 
 
+def test_attention_at_other_sizes(ddpm_sc):
+    """At 16 x 16 where a level has it (Table 9), else where it is nearest: 96 pixels are halved to 48, 24 and 12."""
+    with torch.device("meta"):
+        for backbone, size, attentions in (("ddpm", 32, 6), ("ddpm", 64, 6), ("ddpm", 96, 6), ("ddpmpp", 64, 10), ("ddpmpp", 96, 10)):
+            net = ddpm_sc.build_net(ddpm_sc.make_config("folder", backbone=backbone, size=size, layer="out_2"))
+            assert sum(isinstance(module, ddpm_sc.SpatialAttention) for module in net.modules()) == attentions, (backbone, size)
+
+
+def test_recipes_of_transformers():
+    """Tables 8 to 11 of U-ViT and DiT."""
+    uvit, dit = map(importlib.import_module, ("uvit_sc", "dit_latent_sc"))
+    for name, patch, layer, t in (("cifar10", 2, "out_2", 11), ("cifar100", 2, "out_2", 11), ("tiny_imagenet", 4, "out_1", 66), ("imagenet100", 4, "out_1", 66)):
+        cfg = uvit.make_config(name)
+        assert (cfg.patch, cfg.layer, cfg.t_probe, cfg.batch, cfg.lr, cfg.warmup, cfg.weight_decay, cfg.epochs, cfg.ema, cfg.dropout, cfg.nfe,
+                cfg.beta1, cfg.beta2) == (patch, layer, t, 256, 4e-4, 13, 0.03, 2000, 0.9999, 0, 100, 0.99, 0.999), name
+    for name, layer, epochs in (("imagenet100", "block_8", 1400), ("imagenet", "block_10", 90)):
+        cfg = dit.make_config(name)
+        assert (cfg.backbone, cfg.layer, cfg.t_probe, cfg.batch, cfg.lr, cfg.warmup, cfg.weight_decay, cfg.epochs, cfg.ema, cfg.ema_ramp, cfg.nfe,
+                cfg.shift, cfg.guidance, cfg.guide_until, cfg.size, cfg.cell, cfg.beta1, cfg.beta2) == (
+            "dit_b", layer, 0.25, 1024, 2e-4, 0, 0, epochs, 0.9999, False, 250, 3.3, 1.5, 0.89, 256, 16, 0.9, 0.95), name
+
+
 GOLDEN = {  # outputs, and pooled features of out_5 and out_8
     "ddpm": ([-0.029962, -0.039178, 0.004759, 0.0049, -0.028517, -0.032803, -0.039159, -0.003859, 0.004759, -0.028403],
              [0.340049, 0.621036, 0.504821, 0.53922, 0.528001, 0.454015], [-0.193964, 0.565398, 0.255774, 0.317175, 0.135759, 0.357367]),

@@ -164,3 +164,11 @@ def test_ddim_grid_and_clipping():
     ddpm, times = DDPM(make_config(nfe=5)), []
     out = ddpm.sample(lambda x, t: times.append(int(t[0])) or torch.zeros_like(x), torch.full((1, 3, 4, 4), 50.0))
     assert times == [801, 601, 401, 201, 1] and out.max() <= 1.001
+
+
+def test_features_at_a_time_of_another_formulation():
+    net = build_net(make_config())
+    x = torch.zeros(2, 3, 16, 16)
+    for t in (0.06, 1001):
+        with pytest.raises(ValueError, match=rf"t = {t}: must lie between 1 and 1000; net.cfg.t_probe is 11"):
+            features(net, x, t, x)
