@@ -277,7 +277,7 @@ def work():
 
 # ---- 3. The tables ---------------------------------------------------------------------------------------------------
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}         # 97.5 % quantile of Student's t for n pairs
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}     # 97.5 % quantile of Student's t, n pairs
 
 
 def cell(values, digits):
@@ -342,8 +342,20 @@ def table_of_exchange():
     return "\n".join(lines)
 
 
+def table_of_unets():
+    """Differences from the baseline over all pairs of the three UNet scripts, as many as have both."""
+    found = by_name()
+    lines = ["| EDM, DDPM and RF together | pairs | test loss, % | probe | ridge | 20 neighbours | FD-tiny |", "|---|---|---|---|---|---|---|"]
+    for method in ("adaptive", "add"):
+        pairs = [(found[f"{model} none"][s], r) for model in ("edm", "ddpm", "rf") for s, r in sorted(found[f"{model} {method}"].items()) if s < 3]
+        lines.append(f"| `{method}` | {len(pairs)} | " + " | ".join(
+            difference([(a[key], b[key]) for a, b in pairs], 2, key == "loss") for key in ("loss", "accuracy", "ridge", "knn", "fd_tiny")) + " |")
+    return "\n".join(lines)
+
+
 def chance():
-    lines = {line for text in (*map(table, TABLES.values()), table_of_times(), table_of_layers()) for line in text.splitlines()}
+    texts = (*map(table, TABLES.values()), table_of_times(), table_of_layers(), table_of_unets())
+    lines = {line for text in texts for line in text.splitlines()}
     differences = [text for line in lines for text in line.split("|") if re.match(r" \**[+-].* ± ", text)]
     return (f"Of the {len(differences)} differences below that have an interval, {sum('**' in text for text in differences)} are bold; "
             f"if nothing that was changed had any effect, about {len(differences) / 20:.0f} would be.")
@@ -375,7 +387,7 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, chance=chance, total=total)
+        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, unets=table_of_unets, chance=chance, total=total)
         return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
 
