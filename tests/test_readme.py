@@ -114,6 +114,17 @@ def test_tables_of_the_evidence():
         assert result["commands"] == evidence.commands(name, seed)
 
 
+def test_findings_have_their_numbers_from_the_tables():
+    """Each "mean ± half" of the prose is a cell of the tables, rounded; its sign is in the words."""
+    prose = re.search(r"### What we found so far\n(.*?)\n### ", RAW, re.S)[1]
+    cells = [tuple(map(float, pair)) for pair in re.findall(r"[+-]([\d.]+) ± ([\d.]+)", RAW)]
+    found = re.findall(r"([\d.]*\d) ± ([\d.]*\d)", prose)
+    assert len(found) > 8
+    for pair in found:
+        near = lambda said, value: abs(float(said) - value) <= 0.5001 * 10 ** -len(said.partition(".")[2])
+        assert any(all(map(near, pair, cell)) for cell in cells), pair
+
+
 @pytest.mark.parametrize("arrangement", evidence.ARRANGEMENTS)
 def test_arrangements(arrangement, tmp_path, monkeypatch):
     """The edited scripts have as many parameters as the one that they compare with, and compute something else."""
