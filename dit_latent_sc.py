@@ -1,9 +1,9 @@
 """DDAE++ with DiT in the latent space of VA-VAE, in one file: latents, network, training, sampling, features.
 
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(b) self-conditioning, Tables 5 and 6 results, Tables 8-11.
-Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
-          the output of the best block, averaged over tokens, is f, and c, what conditions all blocks after it, becomes
-          c + s(t) * W f. The lines are marked [SC]. Cost: 1,378,560 parameters, 1 to 2 % of a step.
+Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode. Here f
+          is the best block's output, averaged over tokens; c, which conditions all blocks, becomes c + s(t) * W f after
+          it, W a matrix, s(t) a learned scale. [SC] marks the lines. Cost: 1,378,560 parameters, 1 to 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t = 0 is the data
           loss = || v - (eps - x_0) ||^2 + 1 - cos(v, eps - x_0), v = v_theta(x_t, t, y); cos is LightningDiT's
           sample = Euler's method along dx/dt = v         250 steps; with classes y also classifier-free guidance
@@ -39,14 +39,14 @@ from tqdm import tqdm
 class Config:
     """Every field is a command-line flag and its comment the help text."""
     dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
-    data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
-    size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
+    data_dir: str = "data"       # downloads go here; files and folders of class folders found here are used
+    size: int = 0                # pixels a side; 0: the data set's own, 64 for folders (fashion_mnist also takes 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     tokenizer: str = "vavae"     # makes latents of images: vavae | unshuffle: without parameters, for trial runs
     cell: int = 16               # side in pixels of what one position of the latents stands for (Table 9)
     vae: str = ""                # file with the weights of VA-VAE; default: data_dir, or a download to it
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
-    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's average
+    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's averaged ones
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
     backbone: str = "dit_b"      # a name in Backbone.sizes (Table 9)
@@ -68,13 +68,13 @@ class Config:
     beta2: float = 0.95          # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
     weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
-    ema_ramp: bool = True        # average over few steps at first, as DDAE does; LightningDiT does not
-    flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
+    ema_ramp: bool = True        # average over fewer steps at first, as DDAE does; LightningDiT does not
+    flip: bool = True            # mirror half of the images (Table 11); if not, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
     aug: float = 0.0             # probability of each non-leaky transformation (EDM's is 0.12); latents: shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
-    cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
+    cl_target: str = "probe"     # noise of the teacher's images: probe: as at t_probe | min: the least (Table 7c)
     cl_hidden: int = 4096        # hidden units of projector and predictor
     # sampling
     nfe: int = 250               # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
@@ -156,7 +156,7 @@ n07831146 n07836838 n13037406 n13040303
 
 
 class UserError(ValueError):
-    """What the user can mend. The command line prints it as one line and ends with status 2."""
+    """What the user can fix. The command line prints it as one line and ends with status 2."""
 
 
 def list_folders(cfg, train):
@@ -193,8 +193,8 @@ def list_folders(cfg, train):
 
 def centre_crop(image, size):
     """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
-    large, then resized by a bicubic one until the shorter side fits; the middle."""
-    if image.mode.startswith("I"):      # 16 bits, of which convert() would make white
+    large, then resized by a bicubic one until the shorter side fits; the middle is kept."""
+    if image.mode.startswith("I"):      # 16 bits: convert() would clip them to white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -216,10 +216,10 @@ def list_images(cfg, train):
         try:
             with Image.open(root / names[i]) as image:
                 return centre_crop(image, cfg.size)
-        except Exception as error:      # a damaged image makes Pillow stumble in many ways
+        except Exception as error:      # Pillow fails in many ways on damaged images
             return UserError(f"{names[i]} in --data_dir {cfg.data_dir} cannot be decoded ({error}); remove it, or give "
                              "--skip_bad")
-    sizes = [size for size, _ in stamps]        # a copy of the folder is as good
+    sizes = [size for size, _ in stamps]        # no file times: a copy of the folder will do
     return read, list(labels), hashlib.sha256(repr((names, labels, sizes)).encode()).hexdigest()[:12]
 
 
@@ -468,11 +468,11 @@ def encode(cfg, train, device, batch=None):
             if free < 1.02 * N * size:
                 raise UserError(f"--data_dir {cfg.data_dir}: {N * size / 1e9:.1f} GB for latents are needed and "
                                 f"{free / 1e9:.1f} GB free; choose a folder with room")
-            some = torch.randperm(N, generator=rng(0))[:10000].split(batch)     # as many as LightningDiT takes
-            state = dict(facts=facts, done=0, skipped=[], **(channel_statistics(cfg, (
-                encode_rows(cfg, read, rows.tolist(), 1, pool, device)[0]
-                for rows in tqdm(some, desc="statistics", disable=None))) if train else
-                {name: read_facts(cfg, True)[name] for name in ("mean", "std")}))
+            if train:           # from as many images as LightningDiT takes
+                some = tqdm(torch.randperm(N, generator=rng(0))[:10000].split(batch), desc="statistics", disable=None)
+                made = (encode_rows(cfg, read, rows.tolist(), 1, pool, device)[0] for rows in some)
+            found = channel_statistics(cfg, made) if train else read_facts(cfg, True)
+            state = dict(facts=facts, done=0, skipped=[], mean=found["mean"], std=found["std"])
         mean, std = (torch.tensor(state[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         part.touch()
         with open(part, "r+b") as file, tqdm(total=N, initial=state["done"], desc=path.name, disable=None) as bar:
@@ -613,9 +613,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, c, turn):
-        m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                      # each (B, 1, D)
-        x = x + m[2] * self.attn(self.norm1(x) * (1 + m[1]) + m[0], turn)
-        return x + m[5] * self.mlp(self.norm2(x) * (1 + m[4]) + m[3])
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)   # (B, 1, D)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, turn)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
@@ -631,8 +631,8 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """A token for each position of the latents; time and class condition all blocks. Those behind the best one are
-    conditioned on its features as well."""
+    """A token for each position of the latents; c, of time and class, conditions all blocks (UNets: e). Those after
+    cfg.layer are conditioned on its features as well."""
     sizes = {  # blocks, width, heads
         "dit_tiny": (6, 160, 4), "dit_b": (12, 768, 12), "dit_l": (24, 1024, 16), "dit_xl": (28, 1152, 16),
     }
@@ -641,7 +641,7 @@ class DiT(nn.Module):
         super().__init__()
         (depth, D, heads), (C, S, _) = self.sizes[cfg.backbone], latent_shape(cfg)
         self.shape, self.tap, self.D, self.E = (C, S, S), cfg.layer, D, D
-        self.null = None if cfg.uncond else cfg.classes or DATASETS[cfg.dataset][2]     # the class of those not told
+        self.null = None if cfg.uncond else cfg.classes or DATASETS[cfg.dataset][2]     # one more class: not told
         if self.null == 0:
             raise UserError(f"--classes 0: say how many classes --data_dir {cfg.data_dir} has, or --uncond")
         self.pos_embed = nn.Parameter(self.positions(S, D), requires_grad=False)
@@ -653,8 +653,8 @@ class DiT(nn.Module):
             self.y_embedder.embedding_table = nn.Embedding(self.null + 1, D)
         self.feat_rope = nn.Module()
         rows, columns = (a.flatten() for a in torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij"))
-        powers = torch.arange(D // heads // 4) * 4 / (D // heads)
-        angles = torch.cat([place[:, None] * 10000 ** -powers for place in (rows, columns)], dim=1)
+        powers = torch.arange(D // heads // 4) * 4 / (D // heads)                   # (d/4,), d = D / heads
+        angles = torch.cat([place[:, None] * 10000 ** -powers for place in (rows, columns)], dim=1)     # (N, d/2)
         self.feat_rope.register_buffer("freqs_cos", angles.cos().repeat_interleave(2, dim=1))       # (N, D/heads)
         self.feat_rope.register_buffer("freqs_sin", angles.sin().repeat_interleave(2, dim=1))
         self.blocks = nn.ModuleList(DiTBlock(D, heads, cfg.dropout) for _ in range(depth))
@@ -667,11 +667,11 @@ class DiT(nn.Module):
         self.sc_time = TimestepEmbedder(D) if cfg.self_cond == "adaptive" else None     # [SC] s(t)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.xavier_uniform_(module.weight.flatten(1))                   # a view: convolutions as matrices
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for name, weight in self.named_parameters():
-            if "embedder" in name and weight.dim() == 2 or name.startswith("sc_time") and weight.dim() == 2:
+            if weight.dim() == 2 and ("embedder" in name or name.startswith("sc_time")):
                 nn.init.normal_(weight, std=0.02)
         for module in (*self.blocks, self.final_layer):     # at first every block does nothing, and the output is 0
             nn.init.zeros_(module.adaLN_modulation[1].weight)
@@ -728,7 +728,7 @@ class DiT(nn.Module):
         feats = {}
         for k, block in enumerate(self.blocks, 1):
             h = block(h, c, turn)
-            if last or tap and f"block_{k}" == self.tap:
+            if last or (tap and f"block_{k}" == self.tap):
                 feats[f"block_{k}"] = h.float().mean(dim=1)                         # (B, D)
             if place is not None:
                 feats[f"token_{k}"] = h[range(len(h)), (place * h.shape[1]).long()].float()
@@ -778,7 +778,7 @@ class LatentRF:
         self.guidance, self.guide_until = cfg.guidance, cfg.guide_until
 
     def draw_t(self, n, generator):
-        """Training times of n images: log-normal, the sigmoid of N(0, 1), float32 (n,)."""
+        """Training times of n images: logit-normal ("lognorm" in Table 8), the sigmoid of N(0, 1): float32 (n,)."""
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
 
     def add_noise(self, x, t, noise):
@@ -793,20 +793,20 @@ class LatentRF:
         """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, and 1 - their cosine over
         channels, the mean over positions: (B,) float32. The second is LightningDiT's, on which the paper builds."""
         v = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
-        # At first v is exactly 0, where the usual eps of 1e-8 makes gradients that overflow fp16 for ever.
-        turn = 1 - F.cosine_similarity(v, noise - x, dim=1, eps=0.1)                # (B, H, W)
-        return (v - (noise - x)).square().mean(dim=(1, 2, 3)) + turn.mean(dim=(1, 2))
+        # At first v is exactly 0. There the usual eps, 1e-8, makes gradients so large that fp16 overflows every time.
+        away = 1 - F.cosine_similarity(v, noise - x, dim=1, eps=0.1)                # (B, H, W)
+        return (v - (noise - x)).square().mean(dim=(1, 2, 3)) + away.mean(dim=(1, 2))
 
     def times(self):
-        """The sampler's times from 1 to 0: even steps s, of which t = shift s / (1 + (shift - 1) s) makes more of the
-        noisy ones (Esser et al. 2024)."""
+        """The sampler's times from 1 to 0: evenly spaced s, mapped to t = shift s / (1 + (shift - 1) s), which for
+        shift > 1 puts more of them near the noise (Esser et al. 2024)."""
         s = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
         return (self.shift * s / (1 + (self.shift - 1) * s)).tolist()
 
     @torch.no_grad()
     def sample(self, net, noise, y=None, null=None):
-        """Euler's method from t = 1 to 0: noise (B, C, H, W) ~ N(0, I) -> latents. With classes y (B,) and the class
-        `null` of those not told: guided, v = v_null + guidance (v_y - v_null) in all channels, for t <= guide_until."""
+        """Euler's method from t = 1 to 0: noise (B, C, H, W) ~ N(0, I) -> latents. With classes y (B,), and `null`
+        for "not told": guided, v = v_null + guidance (v_y - v_null) in all channels, for t <= guide_until (Table 8)."""
         x, times = noise, self.times()
         for t, s in zip(times, times[1:]):
             at = torch.full((len(x),), t, device=x.device)
@@ -868,8 +868,11 @@ load_data, draw_view, make_view, draw_images = load_latents, draw_latent_view, m
 
 # ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
 class SumOverProcesses(torch.autograd.Function):
-    """All-reduce, and as the gradient of what all processes make of the sum, all-reduce again."""
+    """The sum over processes. All their losses depend on it, so its gradient is summed as well: backward = forward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -881,8 +884,8 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes and with gradients through their
-    statistics, so that N processes compute what one does. (nn.SyncBatchNorm needs GPUs.)"""
+    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes, with gradients: N compute what
+    one does (nn.SyncBatchNorm needs GPUs). In eval mode too, as MoCo v3's teacher: there are no running averages."""
 
     def __init__(self, D, affine=True):
         super().__init__()
@@ -906,7 +909,7 @@ def mlp(*widths):
 
 class Projector(nn.Module):
     """MoCo v3's projector (B, D) -> (B, 256). Given E, the width of a time embedding, it knows the time (Table 7b):
-    features of different noise are compared with those of one time, so what a feature means here depends on t."""
+    queries come from all noise levels and keys from one, so how a feature is to be read depends on t."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -918,17 +921,17 @@ class Projector(nn.Module):
 
 
 def info_nce(q, k, T=0.2):
-    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes: each query is to find the key
-    of the same image among them. The factor 2 T keeps its gradient's size. In float32 whatever the precision."""
+    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes, in one direction of two: each
+    query is to find its image's key. T: temperature; the factor 2 T undoes 1 / T in the gradient. Always in float32."""
     with torch.autocast(q.device.type, enabled=False):
         logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
     return 2 * T * F.cross_entropy(logits, torch.arange(len(q), device=q.device) + len(q) * RANK)
 
 
 class Learner(nn.Module):
-    """All that is trained: the network and the heads that training alone needs, with the whole loss as its forward: so
-    DistributedDataParallel sees one forward for each backward. A copy of it, averaged, is what we evaluate and, with
-    --cl, the teacher."""
+    """All that is trained: the network, and the heads that only training needs. Its forward is the whole loss, so that
+    DistributedDataParallel sees one forward per backward. A copy of it, with averaged weights, is what we evaluate
+    and, with --cl, the teacher."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -940,31 +943,31 @@ class Learner(nn.Module):
             self.heads["weighting"] = Weighting()
 
     def forward(self, x_0, labels, t, noise, keys):
-        """A view of images and what the network is told of it, times, noise, the keys of another view -> the scalar to
-        minimise, and for the log, without weights: the diffusion loss, the contrastive one, and of each quarter of the
-        training times the sum of losses and the count, (10,)."""
+        """A view x_0 and `labels`, what the network is told of it; times, noise, the other view's keys -> the scalar to
+        minimise; and for the log, unweighted, (10,): the diffusion loss, the contrastive loss, and for the quarters of
+        the training times four sums of losses and four counts of images."""
         seen = {}
 
-        def net(x, c):      # the network as Diffusion.loss knows it
+        def net(x, c):      # Diffusion.loss calls this; the feature and c are kept for the heads
             prediction, seen["f"] = self.net(x, c, labels, tap=True)
             seen["c"] = c
             return prediction
-        loss = total = self.diffusion.loss(net, x_0, t, noise)                      # (B,)
+        loss = weighted = self.diffusion.loss(net, x_0, t, noise)                   # (B,)
         contrast = loss.new_zeros(())
         if "weighting" in self.heads:
-            total = self.heads["weighting"](loss, seen["c"])
+            weighted = self.heads["weighting"](loss, seen["c"])
         if self.cfg.cl:
             q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
             contrast = info_nce(q, keys)
         quarter = F.one_hot(sum((t > limit).long() for limit in self.diffusion.quartiles), 4)       # (B, 4)
         sums = (loss[:, None] * quarter).sum(dim=0)
         parts = torch.cat([torch.stack([loss.mean(), contrast]), sums, quarter.sum(dim=0)])
-        return total.mean() + self.cfg.cl * contrast, parts.detach()
+        return weighted.mean() + self.cfg.cl * contrast, parts.detach()
 
     @torch.no_grad()
     def keys(self, x_0, labels, noise):
-        """What queries shall find: another view's features at the time where they classify best (Tables 7c and 10),
-        projected, of all processes, (B * WORLD, 256). The network stops at the layer it needs."""
+        """The teacher's part, called on the averaged copy: features of the other view at the time where they classify
+        best (Tables 7c, 10), projected, of all processes: (B * WORLD, 256). The network stops at the layer it needs."""
         low = self.diffusion.limits["t_probe"][0]
         t = torch.full((len(x_0),), low if self.cfg.cl_target == "min" else self.cfg.t_probe, device=x_0.device)
         x_t, c = self.diffusion.inputs(self.diffusion.add_noise(x_0, t, noise), t)
@@ -978,12 +981,9 @@ class Learner(nn.Module):
 
 # ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep only the low
-    32 bits of a seed, so sums or shifts of keys would collide."""
+    """A generator whose stream is a function of the integers `key`; the third tells uses apart. They are hashed: CPU
+    generators keep only the low 32 bits of a seed, so sums or shifts of keys would collide."""
     return torch.Generator(device).manual_seed(int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16))
 
 
@@ -993,8 +993,8 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch, seed, step):
-    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs
-    into equal pieces: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
+    """Which of n images form the global batch of a step, int64 (batch,). Shuffled epochs, laid end to end, are cut into
+    batches: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
     place = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
 
@@ -1037,7 +1037,7 @@ def start(cfg):
 @contextlib.contextmanager
 def one_process_first():
     """The first process of each machine runs the block (it may decode all of ImageNet) before the others do."""
-    if WORLD > 1:       # NCCL's first barrier would wait for ten minutes, whatever it is told
+    if WORLD > 1:       # NCCL's first barrier gives up after ten minutes, whatever timeout is set
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         if LOCAL_RANK > 0:
             dist.barrier(group)
@@ -1069,7 +1069,7 @@ def make_optimizer(net, cfg):
 def update_ema(ema, net, rate, n, ramp=True):
     """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. With `ramp` the rate is at most
     1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first call copies, short runs forget their random
-    start, and the 0.9999 of Table 8 is reached after a million steps only; 100,000 have 0.9995."""
+    start, and the 0.9999 of Table 8 is reached only after a million steps; after 100,000 the rate is 0.9995."""
     if ramp:
         rate = min(rate, 1 - n ** (-2 / 3))
     # ema = rate ema + (1 - rate) net
@@ -1089,14 +1089,14 @@ def write_checkpoint(path, **contents):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
+    except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
         raise UserError(f"{path} cannot be written ({error.__context__ or error}); is the disk full?")
     finally:
         part.unlink(missing_ok=True)
 
 
 def all_finite(value):
-    """Whether all numbers are finite, of tensors in dicts and lists."""
+    """Whether all tensors in nested dicts and lists are finite."""
     if isinstance(value, torch.Tensor):
         return bool(value.isfinite().all())
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -1108,12 +1108,12 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
     try:
-        if zipfile.is_zipfile(path):        # torch.load reads over wrong checksums of weights
+        if zipfile.is_zipfile(path):        # torch.load ignores wrong checksums of weights
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
                     raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # a damaged file makes torch.load stumble in many ways
+    except Exception as error:      # torch.load fails in many ways on damaged files
         raise UserError(f"{path} is damaged or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})")
 
 
@@ -1151,8 +1151,8 @@ FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_ev
 
 
 def lock(file):
-    """Makes an open file this process's own, until it is closed, by whatever end of the process. Two runs in one folder
-    would mix their states."""
+    """Locks an open file for this process until it is closed or the process ends, however it ends. Two runs in one
+    folder would mix their states."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -1167,7 +1167,7 @@ def restore(path, cfg, parts):
     try:
         there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
         free = {*FREE} - ({"accum"} if cfg.cl else set())
-        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # a field that is newer than it
+        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # fields newer than the file
         other = [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]
         for name, part in parts.items() if not other else ():
             if state[name] or name != "scaler":         # a loss scaler that was off has no state
@@ -1228,15 +1228,15 @@ def run(cfg, stack):
     torch.manual_seed(cfg.seed)
     learner = Learner(build_net(cfg), cfg).to(device).train()
     if cfg.init and not (out / "last.pt").exists():
-        own = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}    # what latents are normalised by
+        kept = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}   # what latents are normalised by
         load_weights(learner.net, cfg.init)
         for name, buffer in learner.net.named_buffers():
-            buffer.copy_(own[name])
+            buffer.copy_(kept[name])
         print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
-    mean = copy.deepcopy(learner).eval().requires_grad_(False)          # its average over the steps
+    ema = copy.deepcopy(learner).eval().requires_grad_(False)           # its average over the steps: teacher and result
     optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
-    parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
+    parts = dict(model=learner.net, ema=ema.net, heads=learner.heads, ema_heads=ema.heads, optimizer=optimizer,
                  scaler=scaler)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1272,14 +1272,14 @@ def run(cfg, stack):
             write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
                              **{k: part.state_dict() for k, part in some.items()})
 
-    def due(every):         # whether a multiple of so many epochs ended with this step, or the run does
+    def due(every):         # whether this step ends a multiple of `every` epochs, or the run
         return step == total or step * cfg.batch // (every * N) > (step - 1) * cfg.batch // (every * N)
 
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
     for number in signal.SIGINT, signal.SIGTERM:
         stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: told.append(number)))
     bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
-    window = torch.zeros(11, device=device)     # number of steps since the last log line, and sums over them
+    window = torch.zeros(11, device=device)     # steps since the last log line, and sums of Learner's numbers
     own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)      # what of a batch this process does
     batches = read_batches(images, classes, cfg, step, own, device)
     saved = logged = time.time()
@@ -1306,7 +1306,7 @@ def run(cfg, stack):
                 torch.manual_seed(rng(cfg.seed, step, 2, own.start + mine.start).initial_seed())
             with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
                 with context:
-                    keys = mean.keys(*other, other_noise[mine]) if cfg.cl else None
+                    keys = ema.keys(*other, other_noise[mine]) if cfg.cl else None
                     objective, numbers = model(x_0, labels, t[mine], noise[mine], keys)
                 scaler.scale(objective / cfg.accum).backward()
             sums = sums + numbers / cfg.accum
@@ -1319,25 +1319,25 @@ def run(cfg, stack):
             optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
-        if device.type != "mps" or finite:                      # which MPS does not
+        if device.type != "mps" or finite:                      # MPS's optimizer does not read it
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        update_ema(mean, learner, cfg.ema, step + 1, cfg.ema_ramp)
+        update_ema(ema, learner, cfg.ema, step + 1, cfg.ema_ramp)
         bad = torch.where(finite, 0, bad + 1)
         window += torch.where(finite, torch.cat([sums.new_ones(1), sums]), 0)
         step += 1
         bar.update()
 
-        # 4. The log, every step at first, then every tenth. Here alone the CPU waits, and processes agree to leave.
+        # 4. The log, every step at first, then every tenth. Only here the CPU waits and processes agree to leave.
         if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
             leave = torch.tensor(max(told, default=0), device=device)
             if WORLD > 1:
                 dist.all_reduce(window)
                 dist.all_reduce(leave, dist.ReduceOp.MAX)
-            (count, loss, contrast, *times), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            (count, loss, contrast, *quarters), leave, seconds = window.tolist(), int(leave), time.time() - logged
             line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
-                        loss_by_time=[a / n if n else None for a, n in zip(times[:4], times[4:])], lr=group["lr"],
+                        loss_by_time=[a / n if n else None for a, n in zip(quarters[:4], quarters[4:])], lr=group["lr"],
                         grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
             if cfg.cl:
                 line["contrast"] = contrast / count if count else None
@@ -1356,12 +1356,12 @@ def run(cfg, stack):
         # 5. Files: after some epochs, every ten minutes, and at the end.
         epoch = step * cfg.batch // N
         if due(cfg.save_every):
-            save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
+            save(f"ckpt_{epoch:04d}.pt", ema=ema.net)
         if due(cfg.save_every) or leave or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
         if due(cfg.sample_every):
-            grid = sample(mean.net, cfg, range(80))                 # drawn by all processes together
+            grid = sample(ema.net, cfg, range(80))                 # drawn by all processes together
             if RANK == 0:
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
@@ -1377,7 +1377,7 @@ LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(
 
 
 def make_config(dataset="glyphs", **overrides):
-    """The recipe of a data set, with changes. UserError, a ValueError, says what is impossible and what is not."""
+    """The recipe of a data set, with changes. UserError, a ValueError, names what is wrong and what would do."""
     fields = [f.name for f in dataclasses.fields(Config)]
     if unknown := set(overrides) - set(fields):
         raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
@@ -1388,12 +1388,12 @@ def make_config(dataset="glyphs", **overrides):
     special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
-    data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
-    data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
+    words = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
+    words += [cfg.backbone] if "backbone" in overrides else []
+    words += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
     named = "size patch layer aug aug_mask cl cl_head cl_target cl_feature".split()
-    data += [f"{name}_{overrides[name]}" for name in named if name in overrides]
-    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
+    words += [f"{name}_{overrides[name]}" for name in named if name in overrides]
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(words)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
             raise UserError(f"--{f.name} {getattr(cfg, f.name)!r}: must be of type {f.type.__name__}")
@@ -1434,7 +1434,7 @@ def load_weights(net, path, weights="ema"):
 
 
 def read_config(path, *parts):
-    """The config of a checkpoint of this script that has some parts."""
+    """The config of a checkpoint, which must be of this script and hold these parts."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", *parts} <= state.keys():
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)} weights")
@@ -1466,10 +1466,10 @@ def features(net, x, t, noise, last=None, place=None):
 
 
 def sample(net, cfg, seeds, progress=False):
-    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i]: not of the others or of the number of
-    processes, which share the work and all get all images. Hence the net always sees the same number of rows, some of
-    them for nothing: for another number, kernels are chosen that round differently. net.nfe is then the mean number of
-    network evaluations for an image."""
+    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i] alone: not of the other seeds, nor of the
+    number of processes, which share the work and all get all images. So the net always sees the same number of rows,
+    if need be with idle ones: at other sizes other kernels run, which round differently. Sets net.nfe, the mean number
+    of network evaluations per image."""
     device, seeds, C, S = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset][0], cfg.size
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     evaluations = torch.zeros(len(seeds), device=device)
@@ -1489,7 +1489,7 @@ def sample(net, cfg, seeds, progress=False):
 # ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
 
 def fail(error):
-    """The end of a run that the user can mend, or the machine: one line, status 2. A fault of ours is raised."""
+    """Ends a run for which the user or the machine is to blame: one line, status 2. Our own bugs are raised."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError):
         if re.search("out of memory|allocate memory|ALLOC_FAILED", text):

@@ -39,7 +39,7 @@ QUIET = True if RANK else None      # of progress bars; None: only where stderr 
 
 
 class UserError(ValueError):
-    """What the user can mend. The command line prints it as one line and ends with status 2."""
+    """What the user can fix. The command line prints it as one line and ends with status 2."""
 
 
 def digest(parts):
@@ -64,7 +64,7 @@ def new_file(path):
 
 
 def load_tensors(path):
-    """What torch.save wrote; code in it is refused, not run. Damaged files make torch.load stumble in many ways."""
+    """What torch.save wrote; code in it is refused, not run. On damaged files torch.load fails in many ways."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -82,7 +82,7 @@ def gather(value):
 
 
 def agreed(work):
-    """work(), in which processes do not meet. What the user can mend in one is raised in all: none waits for another
+    """work(), in which processes do not meet. What the user can fix in one is raised in all: none waits for another
     that has left."""
     result, fault = None, None
     try:
@@ -696,7 +696,7 @@ def describe(r):
 # ---- 6. Command line -------------------------------------------------------------------------------------------------
 
 def fail(message):
-    """The end of a run that the user can mend: one line, status 2."""
+    """Ends a run for a reason that the user can fix: one line, status 2."""
     if LOCAL_RANK > 0:
         time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
     print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

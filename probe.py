@@ -37,7 +37,7 @@ CHUNK = 256     # images that the network sees at a time and that share streams 
 
 
 def fail(message):
-    """The end of a run that the user can mend: one line, status 2."""
+    """Ends a run for a reason that the user can fix: one line, status 2."""
     if RANK > 0:
         time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
     print(f"probe: {message}", file=sys.stderr, flush=True)
@@ -324,7 +324,7 @@ def load_script(path):
         script, step = state["script"], state["step"]
     except KeyError:
         fail(f"{path} has weights, but not of which script; with official names they need --script and --init")
-    except Exception as error:      # a missing or damaged file makes torch.load stumble in many ways
+    except Exception as error:      # torch.load fails in many ways
         fail(f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]})")
     if script not in SCRIPTS:
         fail(f"{path} is a checkpoint of {script}, which is none of {', '.join(SCRIPTS)}")

@@ -1,9 +1,9 @@
 """DDAE++ with rectified flow and UNets in pixel space, in one file: data, network, training, sampling, features.
 
 Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2, 7a results, Tables 8-11.
-Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode: here
-          the best layer's map, averaged over positions, is f, and e, what conditions all layers after it, becomes
-          e + s(t) * W f. The lines are marked [SC]. Cost: 460,288 parameters, 1 to 2 % of a step.
+Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode. Here f
+          is the best layer's map, averaged over positions; e, which conditions all blocks, becomes e + s(t) * W f after
+          it, W a matrix, s(t) a learned scale. [SC] marks the lines. Cost: 460,288 parameters, 1 to 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t in [0, 1], 0 = data
           loss = || v_theta(x_t, t) - (eps - x_0) ||^2    the velocity dx_t / dt
           sample = RK45 on dx / dt = v_theta(x, t)        140-160 network evaluations, as many as an image needs
@@ -40,11 +40,11 @@ from tqdm import tqdm
 class Config:
     """Every field is a command-line flag and its comment the help text."""
     dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
-    data_dir: str = "data"       # downloads go here; files, or folders of class folders, that lie here are used
-    size: int = 0                # pixels a side; 0: 64 for folders, others have their own (fashion_mnist also 16)
+    data_dir: str = "data"       # downloads go here; files and folders of class folders found here are used
+    size: int = 0                # pixels a side; 0: the data set's own, 64 for folders (fashion_mnist also takes 16)
     skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
     out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
-    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's average
+    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's averaged ones
     seed: int = 0                # all randomness of a step is a function of (seed, step)
     # network
     backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
@@ -63,13 +63,13 @@ class Config:
     beta2: float = 0.999         # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
     weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
-    ema_ramp: bool = True        # average over few steps at first, as DDAE does; LightningDiT does not
-    flip: bool = True            # mirror half of the images (Table 11); without, the augmentation mirrors none either
+    ema_ramp: bool = True        # average over fewer steps at first, as DDAE does; LightningDiT does not
+    flip: bool = True            # mirror half of the images (Table 11); if not, the augmentation mirrors none either
     # augmentation and contrast (Table 3)
     aug: float = 0.0             # probability of each non-leaky transformation (EDM's is 0.12); latents: shifted crop
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
     cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
-    cl_target: str = "probe"     # noise of the teacher's images: probe: that of t_probe | min: the least (Table 7c)
+    cl_target: str = "probe"     # noise of the teacher's images: probe: as at t_probe | min: the least (Table 7c)
     cl_hidden: int = 4096        # hidden units of projector and predictor
     # sampling
     nfe: int = 0                 # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
@@ -89,7 +89,7 @@ RECIPES = {  # fields of Config by data set; under the name of a backbone, those
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_8")),
     "cifar100": dict(ddpmpp=dict(batch=256, layer="out_8")),
-    # 64 x 64: Table 10 has EDM's ddpm alone. Its layer, and the t = 0.2964 / 1.2964 with as much noise for the data.
+    # 64 x 64: Table 10 lists EDM with ddpm: its layer, and the t of its noise-to-data ratio, 0.2964 / 1.2964.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(layer="out_5", t_probe=0.2286, ddpmpp=dict(batch=256))),
 }
@@ -149,7 +149,7 @@ DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it
     "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
     "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
 }
-MOST = 2**28    # no file here has more bytes, packed or unpacked: servers and archives without end are left there
+MOST = 2**28    # no file here has more bytes, packed or unpacked: reading stops there even if the data go on
 IMAGENET100 = """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
@@ -164,7 +164,7 @@ n07831146 n07836838 n13037406 n13040303
 
 
 class UserError(ValueError):
-    """What the user can mend. The command line prints it as one line and ends with status 2."""
+    """What the user can fix. The command line prints it as one line and ends with status 2."""
 
 
 def fetch(name, folder):
@@ -231,7 +231,7 @@ def read_fashion_mnist(cfg, train):
 
 
 def read_tiny_imagenet(cfg, train):
-    """The published zip, read in place. The classes of the test (val) images stand in a list, shuffled."""
+    """The published zip, read in place. A text file lists the classes of the test (val) images."""
     with zipfile.ZipFile(fetch("tiny-imagenet-200.zip", cfg.data_dir)) as archive:
         top, names = "tiny-imagenet-200/", sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
         names = [name for name in names if name.startswith(f"{top}train/")]
@@ -284,8 +284,8 @@ def read_folders(cfg, train):
 
 def centre_crop(image, size):
     """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
-    large, then resized by a bicubic one until the shorter side fits; the middle."""
-    if image.mode.startswith("I"):      # 16 bits, of which convert() would make white
+    large, then resized by a bicubic one until the shorter side fits; the middle is kept."""
+    if image.mode.startswith("I"):      # 16 bits: convert() would clip them to white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -306,7 +306,7 @@ def decode_once(cfg, train, names, labels, stamps, open_file):
         try:
             with open_file(name) as file, Image.open(file) as image:
                 return centre_crop(image, cfg.size).tobytes()
-        except Exception as error:      # a damaged image makes Pillow stumble in many ways
+        except Exception as error:      # Pillow fails in many ways on damaged images
             return error
 
     if not path.exists():
@@ -376,7 +376,7 @@ def to_uint8(x):        # and back: rounded to the nearest, clipped
 
 class TimeEmbedding(nn.Module):
     """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E). Labels of the
-    augmentation (B, 9) are added to the sinusoids, without bias: none is the same as zeros."""
+    augmentation (B, 9) are projected and added to the sinusoids; without a bias, None is the same as zeros."""
 
     def __init__(self, width, E, aug=False):
         super().__init__()
@@ -503,7 +503,7 @@ class UNet(nn.Module):
                 side *= 2
         self.norm = nn.GroupNorm(8, width)
         self.final = nn.Conv2d(width, C, 3, padding=1)
-        self.tap, self.D, self.E = cfg.layer, widths[int(cfg.layer[4:]) - 1], E     # what is contrasted, and widths
+        self.tap, self.D, self.E = cfg.layer, widths[int(cfg.layer[4:]) - 1], E     # layer to contrast; widths of f, e
         self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
         if self.sc_layer:                                                           # [SC]
             self.sc_proj = nn.Linear(self.D, E)                                     # [SC] W
@@ -550,7 +550,7 @@ class UNet(nn.Module):
                 continue
             h = block(torch.cat([h, skips.pop()], dim=1), e)                        # (B, C_k, H_k, W_k)
             k += 1
-            if last or tap and f"out_{k}" == self.tap:
+            if last or (tap and f"out_{k}" == self.tap):
                 feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
             if place is not None:
                 feats[f"token_{k}"] = h.float().flatten(2)[range(len(h)), :, (place * h[0, 0].numel()).long()]
@@ -566,7 +566,7 @@ class UNet(nn.Module):
 
 # ---- 4. Formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------------------------------
 
-# Dormand and Prince 1980, RK5(4)7M: times and coefficients of the stages; the last ones give the solution of order 5.
+# Dormand and Prince 1980, RK5(4)7M: times and coefficients of the stages; the last slope starts the next step.
 STAGES = [(1 / 5, [1 / 5]), (3 / 10, [3 / 40, 9 / 40]), (4 / 5, [44 / 45, -56 / 15, 32 / 9]),
           (8 / 9, [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]),
           (1, [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]),
@@ -666,22 +666,22 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 
 
 def draw_augment(n, p, generator, mirror=True):
-    """Parameters of n transformations, {name: float32 (n,)} on the generator's device; 0 is the identity. Each but the
-    mirroring of columns, which half of the images get, is drawn with probability p. mirror=False: none is mirrored."""
+    """Parameters of n transformations, {name: float32 (n,)} on the generator's device; 0 is the identity. Half of the
+    images are mirrored left to right; each other one is drawn with probability p. mirror=False: no mirroring at all."""
     uniform = lambda: torch.rand(n, generator=generator, device=generator.device)
     normal = lambda: torch.randn(n, generator=generator, device=generator.device)
     coin = lambda: (uniform() < 0.5).float()
     angle = lambda: (uniform() * 2 - 1) * math.pi
     gated = lambda values, p: values * (uniform() < p)                              # else 0
     params = dict(xflip=gated(coin(), 1.0 * mirror), yflip=gated(coin(), p * mirror), scale=gated(normal(), p),
-                  rotate=gated(angle(), p), aniso=gated(normal(), p), aniso_angle=gated(angle(), 0.5),
+                  rotate=gated(angle(), p), aniso=gated(normal(), p), aniso_angle=gated(angle(), 0.5),    # 0: along x
                   translate_x=gated(normal(), p))
     params["translate_y"] = gated(normal(), 1.0) * (params["translate_x"] != 0)     # one gate for both
     return params
 
 
 def augment_label(params):
-    """What the network is told of each transformation, lest it take it for a trait of the data: float32 (n, 9)."""
+    """What the network is told, so that it does not take transformations for traits of the data: float32 (n, 9)."""
     a, w, r = params["rotate"], params["aniso"], params["aniso_angle"]
     return torch.stack([params["xflip"], params["yflip"], params["scale"], a.cos() - 1, a.sin(), w * r.cos(),
                         w * r.sin(), params["translate_x"], params["translate_y"]], dim=1)
@@ -689,9 +689,9 @@ def augment_label(params):
 
 @functools.lru_cache
 def resampling(S, device):
-    """As matrices, (6S - 4, S) and (S, 2S + 12): twice the resolution for S pixels, continued by reflection to 3S - 2,
-    and half of it for the 2S + 12 of a canvas. Both filter with SYM6; together they are the identity."""
-    reflect = torch.eye(S)[np.pad(np.arange(S), S - 1, mode="reflect")]
+    """Two matrices that filter with SYM6: up (6S - 4, S) continues S pixels by reflection to 3S - 2 and doubles them,
+    down (S, 2S + 12) halves a canvas of 2S + 12. Down after up, cut to the canvas, is the identity."""
+    reflect = torch.eye(S)[np.pad(np.arange(S), S - 1, mode="reflect")]             # (3S - 2, S): repeats rows
     taps = torch.tensor(SYM6).view(1, 1, 12)
     up = F.conv_transpose1d(torch.eye(3 * S - 2)[:, None], taps, stride=2, padding=5)[:, 0].T
     down = F.conv1d(torch.eye(2 * S + 12)[:, None], taps, stride=2, padding=5)[:, 0, 3:-3].T
@@ -701,32 +701,32 @@ def resampling(S, device):
 def apply_augment(x, params):
     """Transforms square images x (B, C, S, S), float32 in [-1, 1] on any device, by params as draw_augment gives them:
     mirrored, then, in one resampling, enlarged by 2^(0.2 scale), rotated by `rotate`, stretched by 2^(0.2 aniso) along
-    aniso_angle and moved by translate * S / 8 pixels. Returns images and labels (B, 9). Images that are only mirrored
-    cost nothing; params on the CPU spare the device the wait to learn which they are."""
-    S, labels, there = x.shape[-1], augment_label(params), dict(device=x.device, non_blocking=x.is_cuda)
+    aniso_angle, shrunk as much across it, and moved by translate * S / 8 pixels. Returns images and labels (B, 9).
+    Images only mirrored are not resampled; with params on the CPU, no device has to wait to learn which they are."""
+    S, labels, target = x.shape[-1], augment_label(params), dict(device=x.device, non_blocking=x.is_cuda)
     for name, axis in ("xflip", -1), ("yflip", -2):
-        x = torch.where(params[name].to(**there).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
+        x = torch.where(params[name].to(**target).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
     rows = (labels[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
     if len(rows):
-        # From a place in the output to its place M z + v in the input, in pixels from the middle.
-        here = {name: values[rows] for name, values in params.items()}
+        # The output at z shows the input at M z + v; both are (x, y), in pixels from the middle.
+        some = {name: values[rows] for name, values in params.items()}
         turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
-        w, r = here["aniso"], here["aniso_angle"]
+        w, r = some["aniso"], some["aniso_angle"]
         stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
-        M = turn(here["rotate"]) @ turn(-r) @ stretch @ turn(r) * 2 ** (-0.2 * here["scale"]).view(-1, 1, 1)
-        v = M @ torch.stack([here["translate_x"], here["translate_y"]], dim=1)[:, :, None] * (-S / 8)
-        # Both sides are upsampled by 2, where pixel 0 lies half a pixel off; grid_sample counts from -1 to 1.
+        M = turn(some["rotate"]) @ turn(-r) @ stretch @ turn(r) * 2 ** (-0.2 * some["scale"]).view(-1, 1, 1)
+        v = M @ torch.stack([some["translate_x"], some["translate_y"]], dim=1)[:, :, None] * (-S / 8)
+        # Twice as large, an image has its middle half a pixel before the map's. grid_sample counts from -1 to 1.
         up, down = resampling(S, x.device)
         off = torch.full((2, 1), 0.5)
         theta = torch.cat([M * (len(down.T) / len(up)), (M @ off + 2 * v - off) * (2 / len(up))], dim=2)
-        moved = rows.to(**there)
-        grid = F.affine_grid(theta.to(**there), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
+        moved = rows.to(**target)
+        grid = F.affine_grid(theta.to(**target), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
         x[moved] = down @ F.grid_sample(up @ x[moved] @ up.T, grid, align_corners=False) @ down.T
-    return x, labels.to(**there)
+    return x, labels.to(**target)
 
 
 def draw_view(cfg, generator):
-    """What makes a view of each image of a global batch: {name: (batch,)} on the CPU."""
+    """A view of each image of a global batch: {name: (batch,)} on the CPU. The network is told xflip, but not flip."""
     view = dict(flip=torch.rand(cfg.batch, generator=generator) < 0.5 * cfg.flip)
     return {**view, **draw_augment(cfg.batch, cfg.aug, generator, cfg.flip)} if cfg.aug else view
 
@@ -742,8 +742,11 @@ def make_view(images, classes, view):
 
 # ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
 class SumOverProcesses(torch.autograd.Function):
-    """All-reduce, and as the gradient of what all processes make of the sum, all-reduce again."""
+    """The sum over processes. All their losses depend on it, so its gradient is summed as well: backward = forward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -755,8 +758,8 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes and with gradients through their
-    statistics, so that N processes compute what one does. (nn.SyncBatchNorm needs GPUs.)"""
+    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes, with gradients: N compute what
+    one does (nn.SyncBatchNorm needs GPUs). In eval mode too, as MoCo v3's teacher: there are no running averages."""
 
     def __init__(self, D, affine=True):
         super().__init__()
@@ -780,7 +783,7 @@ def mlp(*widths):
 
 class Projector(nn.Module):
     """MoCo v3's projector (B, D) -> (B, 256). Given E, the width of a time embedding, it knows the time (Table 7b):
-    features of different noise are compared with those of one time, so what a feature means here depends on t."""
+    queries come from all noise levels and keys from one, so how a feature is to be read depends on t."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -792,17 +795,17 @@ class Projector(nn.Module):
 
 
 def info_nce(q, k, T=0.2):
-    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes: each query is to find the key
-    of the same image among them. The factor 2 T keeps its gradient's size. In float32 whatever the precision."""
+    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes, in one direction of two: each
+    query is to find its image's key. T: temperature; the factor 2 T undoes 1 / T in the gradient. Always in float32."""
     with torch.autocast(q.device.type, enabled=False):
         logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
     return 2 * T * F.cross_entropy(logits, torch.arange(len(q), device=q.device) + len(q) * RANK)
 
 
 class Learner(nn.Module):
-    """All that is trained: the network and the heads that training alone needs, with the whole loss as its forward: so
-    DistributedDataParallel sees one forward for each backward. A copy of it, averaged, is what we evaluate and, with
-    --cl, the teacher."""
+    """All that is trained: the network, and the heads that only training needs. Its forward is the whole loss, so that
+    DistributedDataParallel sees one forward per backward. A copy of it, with averaged weights, is what we evaluate
+    and, with --cl, the teacher."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -814,31 +817,31 @@ class Learner(nn.Module):
             self.heads["weighting"] = Weighting()
 
     def forward(self, x_0, labels, t, noise, keys):
-        """A view of images and what the network is told of it, times, noise, the keys of another view -> the scalar to
-        minimise, and for the log, without weights: the diffusion loss, the contrastive one, and of each quarter of the
-        training times the sum of losses and the count, (10,)."""
+        """A view x_0 and `labels`, what the network is told of it; times, noise, the other view's keys -> the scalar to
+        minimise; and for the log, unweighted, (10,): the diffusion loss, the contrastive loss, and for the quarters of
+        the training times four sums of losses and four counts of images."""
         seen = {}
 
-        def net(x, c):      # the network as Diffusion.loss knows it
+        def net(x, c):      # Diffusion.loss calls this; the feature and c are kept for the heads
             prediction, seen["f"] = self.net(x, c, labels, tap=True)
             seen["c"] = c
             return prediction
-        loss = total = self.diffusion.loss(net, x_0, t, noise)                      # (B,)
+        loss = weighted = self.diffusion.loss(net, x_0, t, noise)                   # (B,)
         contrast = loss.new_zeros(())
         if "weighting" in self.heads:
-            total = self.heads["weighting"](loss, seen["c"])
+            weighted = self.heads["weighting"](loss, seen["c"])
         if self.cfg.cl:
             q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
             contrast = info_nce(q, keys)
         quarter = F.one_hot(sum((t > limit).long() for limit in self.diffusion.quartiles), 4)       # (B, 4)
         sums = (loss[:, None] * quarter).sum(dim=0)
         parts = torch.cat([torch.stack([loss.mean(), contrast]), sums, quarter.sum(dim=0)])
-        return total.mean() + self.cfg.cl * contrast, parts.detach()
+        return weighted.mean() + self.cfg.cl * contrast, parts.detach()
 
     @torch.no_grad()
     def keys(self, x_0, labels, noise):
-        """What queries shall find: another view's features at the time where they classify best (Tables 7c and 10),
-        projected, of all processes, (B * WORLD, 256). The network stops at the layer it needs."""
+        """The teacher's part, called on the averaged copy: features of the other view at the time where they classify
+        best (Tables 7c, 10), projected, of all processes: (B * WORLD, 256). The network stops at the layer it needs."""
         low = self.diffusion.limits["t_probe"][0]
         t = torch.full((len(x_0),), low if self.cfg.cl_target == "min" else self.cfg.t_probe, device=x_0.device)
         x_t, c = self.diffusion.inputs(self.diffusion.add_noise(x_0, t, noise), t)
@@ -852,12 +855,9 @@ class Learner(nn.Module):
 
 # ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`. They are hashed: CPU generators keep only the low
-    32 bits of a seed, so sums or shifts of keys would collide."""
+    """A generator whose stream is a function of the integers `key`; the third tells uses apart. They are hashed: CPU
+    generators keep only the low 32 bits of a seed, so sums or shifts of keys would collide."""
     return torch.Generator(device).manual_seed(int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16))
 
 
@@ -867,8 +867,8 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch, seed, step):
-    """Which of n images form the global batch of a step, int64 (batch,). Steps cut the endless row of shuffled epochs
-    into equal pieces: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
+    """Which of n images form the global batch of a step, int64 (batch,). Shuffled epochs, laid end to end, are cut into
+    batches: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
     place = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
 
@@ -911,7 +911,7 @@ def start(cfg):
 @contextlib.contextmanager
 def one_process_first():
     """The first process of each machine runs the block (it may decode all of ImageNet) before the others do."""
-    if WORLD > 1:       # NCCL's first barrier would wait for ten minutes, whatever it is told
+    if WORLD > 1:       # NCCL's first barrier gives up after ten minutes, whatever timeout is set
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         if LOCAL_RANK > 0:
             dist.barrier(group)
@@ -943,7 +943,7 @@ def make_optimizer(net, cfg):
 def update_ema(ema, net, rate, n, ramp=True):
     """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. With `ramp` the rate is at most
     1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first call copies, short runs forget their random
-    start, and the 0.9999 of Table 8 is reached after a million steps only; 100,000 have 0.9995."""
+    start, and the 0.9999 of Table 8 is reached only after a million steps; after 100,000 the rate is 0.9995."""
     if ramp:
         rate = min(rate, 1 - n ** (-2 / 3))
     # ema = rate ema + (1 - rate) net
@@ -963,14 +963,14 @@ def write_checkpoint(path, **contents):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
+    except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
         raise UserError(f"{path} cannot be written ({error.__context__ or error}); is the disk full?")
     finally:
         part.unlink(missing_ok=True)
 
 
 def all_finite(value):
-    """Whether all numbers are finite, of tensors in dicts and lists."""
+    """Whether all tensors in nested dicts and lists are finite."""
     if isinstance(value, torch.Tensor):
         return bool(value.isfinite().all())
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -982,12 +982,12 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
     try:
-        if zipfile.is_zipfile(path):        # torch.load reads over wrong checksums of weights
+        if zipfile.is_zipfile(path):        # torch.load ignores wrong checksums of weights
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
                     raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # a damaged file makes torch.load stumble in many ways
+    except Exception as error:      # torch.load fails in many ways on damaged files
         raise UserError(f"{path} is damaged or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})")
 
 
@@ -1025,8 +1025,8 @@ FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_ev
 
 
 def lock(file):
-    """Makes an open file this process's own, until it is closed, by whatever end of the process. Two runs in one folder
-    would mix their states."""
+    """Locks an open file for this process until it is closed or the process ends, however it ends. Two runs in one
+    folder would mix their states."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -1041,7 +1041,7 @@ def restore(path, cfg, parts):
     try:
         there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
         free = {*FREE} - ({"accum"} if cfg.cl else set())
-        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # a field that is newer than it
+        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # fields newer than the file
         other = [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]
         for name, part in parts.items() if not other else ():
             if state[name] or name != "scaler":         # a loss scaler that was off has no state
@@ -1102,15 +1102,15 @@ def run(cfg, stack):
     torch.manual_seed(cfg.seed)
     learner = Learner(build_net(cfg), cfg).to(device).train()
     if cfg.init and not (out / "last.pt").exists():
-        own = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}    # what latents are normalised by
+        kept = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}   # what latents are normalised by
         load_weights(learner.net, cfg.init)
         for name, buffer in learner.net.named_buffers():
-            buffer.copy_(own[name])
+            buffer.copy_(kept[name])
         print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
-    mean = copy.deepcopy(learner).eval().requires_grad_(False)          # its average over the steps
+    ema = copy.deepcopy(learner).eval().requires_grad_(False)           # its average over the steps: teacher and result
     optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
-    parts = dict(model=learner.net, ema=mean.net, heads=learner.heads, ema_heads=mean.heads, optimizer=optimizer,
+    parts = dict(model=learner.net, ema=ema.net, heads=learner.heads, ema_heads=ema.heads, optimizer=optimizer,
                  scaler=scaler)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1146,14 +1146,14 @@ def run(cfg, stack):
             write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
                              **{k: part.state_dict() for k, part in some.items()})
 
-    def due(every):         # whether a multiple of so many epochs ended with this step, or the run does
+    def due(every):         # whether this step ends a multiple of `every` epochs, or the run
         return step == total or step * cfg.batch // (every * N) > (step - 1) * cfg.batch // (every * N)
 
     told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
     for number in signal.SIGINT, signal.SIGTERM:
         stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: told.append(number)))
     bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
-    window = torch.zeros(11, device=device)     # number of steps since the last log line, and sums over them
+    window = torch.zeros(11, device=device)     # steps since the last log line, and sums of Learner's numbers
     own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)      # what of a batch this process does
     batches = read_batches(images, classes, cfg, step, own, device)
     saved = logged = time.time()
@@ -1180,7 +1180,7 @@ def run(cfg, stack):
                 torch.manual_seed(rng(cfg.seed, step, 2, own.start + mine.start).initial_seed())
             with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
                 with context:
-                    keys = mean.keys(*other, other_noise[mine]) if cfg.cl else None
+                    keys = ema.keys(*other, other_noise[mine]) if cfg.cl else None
                     objective, numbers = model(x_0, labels, t[mine], noise[mine], keys)
                 scaler.scale(objective / cfg.accum).backward()
             sums = sums + numbers / cfg.accum
@@ -1193,25 +1193,25 @@ def run(cfg, stack):
             optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
-        if device.type != "mps" or finite:                      # which MPS does not
+        if device.type != "mps" or finite:                      # MPS's optimizer does not read it
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        update_ema(mean, learner, cfg.ema, step + 1, cfg.ema_ramp)
+        update_ema(ema, learner, cfg.ema, step + 1, cfg.ema_ramp)
         bad = torch.where(finite, 0, bad + 1)
         window += torch.where(finite, torch.cat([sums.new_ones(1), sums]), 0)
         step += 1
         bar.update()
 
-        # 4. The log, every step at first, then every tenth. Here alone the CPU waits, and processes agree to leave.
+        # 4. The log, every step at first, then every tenth. Only here the CPU waits and processes agree to leave.
         if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
             leave = torch.tensor(max(told, default=0), device=device)
             if WORLD > 1:
                 dist.all_reduce(window)
                 dist.all_reduce(leave, dist.ReduceOp.MAX)
-            (count, loss, contrast, *times), leave, seconds = window.tolist(), int(leave), time.time() - logged
+            (count, loss, contrast, *quarters), leave, seconds = window.tolist(), int(leave), time.time() - logged
             line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
-                        loss_by_time=[a / n if n else None for a, n in zip(times[:4], times[4:])], lr=group["lr"],
+                        loss_by_time=[a / n if n else None for a, n in zip(quarters[:4], quarters[4:])], lr=group["lr"],
                         grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
             if cfg.cl:
                 line["contrast"] = contrast / count if count else None
@@ -1230,12 +1230,12 @@ def run(cfg, stack):
         # 5. Files: after some epochs, every ten minutes, and at the end.
         epoch = step * cfg.batch // N
         if due(cfg.save_every):
-            save(f"ckpt_{epoch:04d}.pt", ema=mean.net)
+            save(f"ckpt_{epoch:04d}.pt", ema=ema.net)
         if due(cfg.save_every) or leave or time.time() - saved > 600:
             save("last.pt", **parts)
             saved = time.time()
         if due(cfg.sample_every):
-            grid = sample(mean.net, cfg, range(80))                 # drawn by all processes together
+            grid = sample(ema.net, cfg, range(80))                 # drawn by all processes together
             if RANK == 0:
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
                 save_loss_plot(log, out / "loss.png")
@@ -1251,7 +1251,7 @@ LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(
 
 
 def make_config(dataset="glyphs", **overrides):
-    """The recipe of a data set, with changes. UserError, a ValueError, says what is impossible and what is not."""
+    """The recipe of a data set, with changes. UserError, a ValueError, names what is wrong and what would do."""
     fields = [f.name for f in dataclasses.fields(Config)]
     if unknown := set(overrides) - set(fields):
         raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
@@ -1262,12 +1262,12 @@ def make_config(dataset="glyphs", **overrides):
     special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
-    data = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
-    data += [cfg.backbone] if "backbone" in overrides else []
-    data += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
+    words = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
+    words += [cfg.backbone] if "backbone" in overrides else []
+    words += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
     named = "size patch layer aug aug_mask cl cl_head cl_target cl_feature".split()
-    data += [f"{name}_{overrides[name]}" for name in named if name in overrides]
-    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(data)}-s{cfg.seed}"
+    words += [f"{name}_{overrides[name]}" for name in named if name in overrides]
+    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(words)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
             raise UserError(f"--{f.name} {getattr(cfg, f.name)!r}: must be of type {f.type.__name__}")
@@ -1308,7 +1308,7 @@ def load_weights(net, path, weights="ema"):
 
 
 def read_config(path, *parts):
-    """The config of a checkpoint of this script that has some parts."""
+    """The config of a checkpoint, which must be of this script and hold these parts."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", *parts} <= state.keys():
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)} weights")
@@ -1340,10 +1340,10 @@ def features(net, x, t, noise, last=None, place=None):
 
 
 def sample(net, cfg, seeds, progress=False):
-    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i]: not of the others or of the number of
-    processes, which share the work and all get all images. Hence the net always sees the same number of rows, some of
-    them for nothing: for another number, kernels are chosen that round differently. net.nfe is then the mean number of
-    network evaluations for an image."""
+    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i] alone: not of the other seeds, nor of the
+    number of processes, which share the work and all get all images. So the net always sees the same number of rows,
+    if need be with idle ones: at other sizes other kernels run, which round differently. Sets net.nfe, the mean number
+    of network evaluations per image."""
     device, seeds, C, S = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset][0], cfg.size
     images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
     evaluations = torch.zeros(len(seeds), device=device)
@@ -1363,7 +1363,7 @@ def sample(net, cfg, seeds, progress=False):
 # ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
 
 def fail(error):
-    """The end of a run that the user can mend, or the machine: one line, status 2. A fault of ours is raised."""
+    """Ends a run for which the user or the machine is to blame: one line, status 2. Our own bugs are raised."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError):
         if re.search("out of memory|allocate memory|ALLOC_FAILED", text):
