@@ -1012,8 +1012,7 @@ def run(cfg, stack):
     if cfg.init and not (out / "last.pt").exists():
         kept = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}   # what latents are normalised by
         load_weights(learner.net, cfg.init)
-        for name, buffer in learner.net.named_buffers():
-            buffer.copy_(kept[name])
+        learner.net.load_state_dict(kept, strict=False)
         print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
     ema = copy.deepcopy(learner).eval().requires_grad_(False)           # its average over the steps: teacher and result
     optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)
