@@ -277,7 +277,7 @@ def work():
 
 # ---- 3. The tables ---------------------------------------------------------------------------------------------------
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}     # 97.5 % quantile of Student's t, n pairs
+STUDENT = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160), 2))   # 97.5 % quantile, n pairs
 
 
 def cell(values, digits):
@@ -342,23 +342,39 @@ def table_of_exchange():
     return "\n".join(lines)
 
 
-def table_of_unets():
-    """Differences from the baseline over all pairs of the three UNet scripts, as many as have both."""
-    found = by_name()
-    lines = ["| EDM, DDPM and RF together | pairs | test loss, % | probe | ridge | 20 neighbours | FD-tiny |", "|---|---|---|---|---|---|---|"]
-    for method in ("adaptive", "add"):
-        pairs = [(found[f"{model} none"][s], r) for model in ("edm", "ddpm", "rf") for s, r in sorted(found[f"{model} {method}"].items()) if s < 3]
-        lines.append(f"| `{method}` | {len(pairs)} | " + " | ".join(
-            difference([(a[key], b[key]) for a, b in pairs], 2, key == "loss") for key in ("loss", "accuracy", "ridge", "knn", "fd_tiny")) + " |")
+def table_together():
+    """Differences that self-conditioning makes, over several kinds of pairs at once, seeds 0 to 2: half of the interval of all pairs, and
+    in brackets that of the three means of a seed's pairs. Bold where 0 is outside both."""
+    def both(names, key):
+        relative, triples = key == "loss", [[(found[a][s], found[b][s]) for a, b in names if s in found[a] and s in found[b]] for s in range(3)]
+        pairs = [(a[key], b[key]) for triple in triples for a, b in triple]
+        change = lambda a, b: 100 * (b / a - 1) if relative else b - a
+        means = [(0, statistics.mean(change(a[key], b[key]) for a, b in triple)) for triple in triples]
+        one, two = difference(pairs, 2, relative), difference(means, 2)
+        text = f"{one.strip('*')} ({two.strip('*').split()[-1]})"
+        return f"**{text}**" if "**" in one and "**" in two else text
+    found, unets = by_name(), ("edm", "ddpm", "rf")
+    lines = ["| together | pairs | test loss, % | probe | ridge | 20 neighbours | FD-tiny |", "|---|---|---|---|---|---|---|"]
+    for what, names in (
+            ("`adaptive`: EDM, DDPM, RF", [(f"{model} none", f"{model} adaptive") for model in unets]),
+            ("`add`: EDM, DDPM, RF", [(f"{model} none", f"{model} add") for model in unets]),
+            ("EDM `adaptive`: plain, `aug`, `aug cl`", [(f"edm none{more}", f"edm adaptive{more}") for more in ("", " aug", " aug cl")]),
+            ("U-ViT `cls`: plain, `aug`, `cl`, `aug cl`", [(f"uvit none{more}{' gap' * ('cl' in more)}", f"uvit cls{more}")
+                                                           for more in ("", " aug", " cl", " aug cl")])):
+        count = sum(s in found[a] and s in found[b] for a, b in names for s in range(3))
+        lines.append(f"| {what} | {count} | " + " | ".join(both(names, key) for key in ("loss", "accuracy", "ridge", "knn", "fd_tiny")) + " |")
     return "\n".join(lines)
 
 
-def chance():
-    texts = (*map(table, TABLES.values()), table_of_times(), table_of_layers(), table_of_unets())
-    lines = {line for text in texts for line in text.splitlines()}
-    differences = [text for line in lines for text in line.split("|") if re.match(r" \**[+-].* ± ", text)]
-    return (f"Of the {len(differences)} differences below that have an interval, {sum('**' in text for text in differences)} are bold; "
-            f"if nothing that was changed had any effect, about {len(differences) / 20:.0f} would be.")
+def chance(text):
+    """How many differences of the tables in a text are bold. Rows that stand in two tables count once."""
+    rows = [(line.split("|")[1], cell) for line in set(text.splitlines()) for cell in line.split("|") if re.match(r" \**[+-].* ± ", cell)]
+    bold = [row for row, cell in rows if "**" in cell]
+    special = lambda names: sum(bool(re.search(" (aug|cl)", name)) for name in names)       # augmentation or contrast
+    rest = len(rows) - special(row for row, _ in rows)
+    return (f"Of the {len(rows)} differences with an interval, {len(bold)} are bold, {special(bold)} of them in rows with augmentation or "
+            f"contrast. Of the other {rest}, {len(bold) - special(bold)} are bold; chance alone would give about {rest / 20:.0f}. They share runs "
+            "and baselines, so these counts are no test.")
 
 
 def total():
@@ -387,9 +403,10 @@ def table(rows):
 def fill(text):
     """README with its tables as the results have them: between <!-- evidence NAME --> and <!-- end -->."""
     def replace(match):
-        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, unets=table_of_unets, chance=chance, total=total)
+        special = dict(time=table_of_times, layers=table_of_layers, exchange=table_of_exchange, together=table_together, total=total)
         return match[1] + (special[match[2]]() if match[2] in special else table(TABLES[match[2]])) + "\n" + match[3]
-    return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
+    text = re.sub(r"(<!-- evidence (?!chance)(\w+) -->\n).*?(<!-- end -->)", replace, text, flags=re.S)
+    return re.sub(r"(<!-- evidence chance -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}{chance(text)}\n{match[2]}", text, flags=re.S)
 
 
 def draw_pictures(n=16, scale=2):

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -123,6 +124,22 @@ def test_findings_have_their_numbers_from_the_tables():
     for pair in found:
         near = lambda said, value: abs(float(said) - value) <= 0.5001 * 10 ** -len(said.partition(".")[2])
         assert any(all(map(near, pair, cell)) for cell in cells), pair
+
+
+def test_pairs_together(monkeypatch):
+    """Gains of 1, 2 and 6 points with three scripts: far apart as pairs, and the same in each seed's mean. And with seeds that differ: as
+    three means, of which 0.4, 0.5 and 0.6 exclude 0."""
+    gains, rows = dict(edm=1, ddpm=2, rf=6), {}
+    for model, seed in itertools.product(gains, range(3)):
+        for word, gain in (("none", 0), ("adaptive", gains[model]), ("add", (4 + seed) / 10)):
+            rows[f"{model} {word}", seed] = dict(loss=1 + gain / 100, accuracy=50 + gain, ridge=60, knn=70, fd_tiny=9)
+    rows |= {(f"{name}{more}", seed): dict(loss=1, accuracy=50, ridge=60, knn=70, fd_tiny=9) for seed in range(3) for name, more in (
+        *itertools.product(("edm none", "edm adaptive"), (" aug", " aug cl")), *itertools.product(("uvit none", "uvit cls"), ("", " aug")),
+        ("uvit none", " cl gap"), ("uvit none", " aug cl gap"), ("uvit cls", " cl"), ("uvit cls", " aug cl"))}
+    monkeypatch.setattr(evidence, "results", lambda: rows)
+    table = evidence.table_together().splitlines()
+    assert "| 9 | **+3.00 ± 1.76 (0.00)** | **+3.00 ± 1.76 (0.00)** | +0.00 ± 0.00 (0.00) |" in table[2]
+    assert "| 9 | **+0.50 ± 0.07 (0.25)** | **+0.50 ± 0.07 (0.25)** |" in table[3] and "| 12 | +0.00 ± 0.00 (0.00) |" in table[5]
 
 
 @pytest.mark.parametrize("arrangement", evidence.ARRANGEMENTS)
