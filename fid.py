@@ -698,7 +698,7 @@ def describe(r):
 def fail(message):
     """Ends a run for a reason that the user can fix: one line, status 2."""
     if LOCAL_RANK > 0:
-        time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
+        time.sleep(10)      # torchrun ends all with the first to go: be it rank 0, if it has the fault as well
     print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 

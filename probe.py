@@ -39,7 +39,7 @@ CHUNK = 256     # images that the network sees at a time and that share streams 
 def fail(message):
     """Ends a run for a reason that the user can fix: one line, status 2."""
     if RANK > 0:
-        time.sleep(10)      # torchrun ends all with the first to go, which is to be the first, if it has the fault, too
+        time.sleep(10)      # torchrun ends all with the first to go: be it rank 0, if it has the fault as well
     print(f"probe: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -68,6 +68,17 @@ def test_attention_at_other_sizes(ddpm_sc):
             assert sum(isinstance(module, ddpm_sc.SpatialAttention) for module in net.modules()) == attentions, (backbone, size)
 
 
+def test_where_the_scale_begins():
+    """README: entries of s(t) have a standard deviation of about 0.14 in tiny UNets at first, and less in the tiny DiT."""
+    for name, low, high in (("ddpm_sc", 0.12, 0.16), ("edm_sc", 0.12, 0.16), ("rf_sc", 0.12, 0.16), ("dit_latent_sc", 0, 0.05)):
+        script = importlib.import_module(name)
+        torch.manual_seed(0)
+        cfg = script.make_config()
+        net, diffusion = script.build_net(cfg), script.Diffusion(cfg)
+        c = diffusion.inputs(torch.zeros(500, 1), diffusion.draw_t(500, torch.Generator().manual_seed(0)))[1]
+        assert low < net.sc_time(c.float()).std() < high, name
+
+
 def test_recipes_of_transformers():
     """Tables 8 to 11 of U-ViT and DiT."""
     uvit, dit = map(importlib.import_module, ("uvit_sc", "dit_latent_sc"))
