@@ -1598,4 +1598,10 @@ def encode_command(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(encode_command(sys.argv[1:]) if "--encode" in sys.argv else main())
+    try:
+        sys.exit(main())
+    except SystemExit as end:
+        if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
+            sys.stdout.flush()
+            os._exit(end.code or 0)
+        raise

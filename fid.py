@@ -816,11 +816,9 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except SystemExit as end:
         if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
-            os._exit(end.code)
+            sys.stdout.flush()
+            os._exit(end.code or 0)
         raise
-    if WORLD > 1:
-        sys.stdout.flush()
-        os._exit(0)

@@ -1447,4 +1447,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SystemExit as end:
+        if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
+            sys.stdout.flush()
+            os._exit(end.code or 0)
+        raise

@@ -1,12 +1,14 @@
 """The command line: bad input ends with one line and status 2, before anything is written."""
 import dataclasses
+import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import SMALL, finish, flags, launch
+from conftest import ROOT, SCRIPTS, SMALL, finish, flags, launch
 
 
 def ends_with_one_line(script, arguments, capsys):
@@ -194,3 +196,20 @@ def test_resume_flag_takes_the_settings_of_the_run(small, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "resumed at step 2" in out and f"python probe.py {small['out']}/last.pt" in out
     assert "other settings: batch" in ends_with_one_line(uvit_sc, ["--resume", "--out", small["out"], "--batch", 16], capsys)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "probe", "fid"])
+def test_one_of_several_processes_leaves_at_once(name, monkeypatch, capsys):
+    """Threads of gloo, if they are still there, abort a Python that takes itself apart: a finished run would fail."""
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(Left, match="^0$"):
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert "usage: " in capsys.readouterr().out
