@@ -29,11 +29,11 @@ RESULTS = ROOT / "assets" / "results" / "runs.jsonl"
 # ---- 1. The runs -----------------------------------------------------------------------------------------------------
 
 FASHION = "--dataset fashion_mnist --size 16 --warmup 0.1"
-SCRIPTS = {     # model: script, settings, budget, and the budget of "long" runs; --nfe: of the samples, fewer than the paper's
+SCRIPTS = {     # model: script, settings, budget, and that of "long" and "longer" runs; --nfe: of the samples, fewer than the paper's
     "ddpm": ("ddpm_sc", f"{FASHION} --nfe 25", "--steps 1000", "--steps 2000"),
     "edm": ("edm_sc", f"{FASHION} --nfe 19", "--steps 1000", "--steps 2000"),
     "rf": ("rf_sc", f"{FASHION} --nfe 20", "--steps 1000", "--steps 2000"),
-    "uvit": ("uvit_sc", f"{FASHION} --nfe 25", "--epochs 1", "--epochs 2"),
+    "uvit": ("uvit_sc", f"{FASHION} --nfe 25", "--epochs 1", "--epochs 2", "--epochs 4"),
     "dit": ("dit_latent_sc", "--dataset glyphs --uncond --nfe 20", "--epochs 3", "--epochs 6"),
     "rf-glyphs": ("rf_sc", "--dataset glyphs --warmup 0.1 --nfe 20", "--steps 1000", "--steps 2000"),
     "dit-cond": ("dit_latent_sc", "--dataset glyphs --guidance 1 --nfe 20", "--epochs 3", "--epochs 6"),
@@ -42,7 +42,7 @@ OPTIONS = {     # a word of a run's name: flags
     "aug": "--aug 0.12", "cl": "--cl 0.01", "plain": "--cl_head plain", "min": "--cl_target min", "gap": "--cl_feature gap",
     **{method: f"--self_cond {method}" for method in ("none", "add", "adaptive", "cls")},
     "A": "", "C": "", "zero": "", "detach": "", "one": "", "narrow": "",       # edits of edm_sc.py, see ARRANGEMENTS
-    "long": "",             # the same run, twice as long: it goes on where the short one ended
+    "long": "", "longer": "",       # the same run, two and four times as long: it goes on where the shorter one ended
 }
 TABLE2 = [f"{model} {method}" for model, method in zip(("uvit", "edm", "ddpm", "rf", "dit"), ("cls", *["adaptive"] * 4))]
 BASELINES = [f"{name.split()[0]} none" for name in TABLE2]
@@ -64,9 +64,10 @@ TABLES = {      # table: rows of (run, what it is compared with)
 }
 BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
-PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), ("edm none narrow long", "edm adaptive narrow long"),
+LONGER = ["uvit none longer", "uvit cls longer"]
+PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), (*LONGER,), ("edm none narrow long", "edm adaptive narrow long"),
          ("rf-glyphs none", "rf-glyphs adaptive"), *((f"{model} none", f"{model} add") for model in ("edm", "ddpm", "rf", "dit"))]
-TABLES["length"] = [(name, f"{name.split()[0]} none long" if "none" not in name else None) for name in LONG]
+TABLES["length"] = [(name, f"{name.split()[0]} none {name.split()[-1]}" if "none" not in name else None) for name in LONG + LONGER]
 TABLES["width"] = [("edm none narrow long", None), ("edm adaptive narrow long", "edm none narrow long")]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
     (range(1), BOTH + LONG),
@@ -84,6 +85,7 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
     (range(3), [name for key in ("glyphs", "classes") for name, _ in TABLES[key]]),
     (range(3), LONG),
     (range(3), [name for name, _ in TABLES["width"]]),
+    (range(3), LONGER),
 ]
 
 # The three arrangements that have the parameters which the paper counts: W f times a two-layer s(t), as in the scripts; A, a two-layer
@@ -122,7 +124,8 @@ def commands(name, seed):
     """What a run consists of, for a shell at the project's root: (preparation,) training, loss, probe, FD."""
     model, *words = name.split()
     script, settings, *budgets = SCRIPTS[model]
-    budget, words = budgets["long" in words], [word for word in words if word != "long"]
+    budget = budgets[2 if "longer" in words else 1 if "long" in words else 0]
+    words = [word for word in words if "long" not in word]
     flags = " ".join(OPTIONS[word] for word in words if OPTIONS[word])
     arrangement = next((word for word in words if word in ARRANGEMENTS), None)
     out, up, go = f"runs/evidence/{'-'.join([model, *words])}-s{seed}", "", "OMP_NUM_THREADS=1 python"
@@ -262,7 +265,7 @@ def work():
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     while True:
         for name, seed in jobs():
-            with alone(ROOT / "runs" / "evidence" / f"{name.removesuffix(' long').replace(' ', '-')}-s{seed}.lock") as mine:
+            with alone(ROOT / "runs" / "evidence" / f"{name.split(' long')[0].replace(' ', '-')}-s{seed}.lock") as mine:
                 if not mine or (name, seed) in results():
                     continue
                 result = run(name, seed)
