@@ -85,6 +85,7 @@ QUEUE = [       # groups in the order of work; within one, seed by seed, so that
     (range(3), [name for key in ("glyphs", "classes") for name, _ in TABLES[key]]),
     (range(3), LONG),
     (range(3), [name for name, _ in TABLES["width"]]),
+    (range(5), ["dit-cond none", "dit-cond adaptive"]),
     (range(3), LONGER),
 ]
 
