@@ -66,7 +66,7 @@ BOTH = [name for pair in zip(BASELINES, TABLE2) for name in pair]
 LONG = [f"{name} long" for name in ("edm none", "edm adaptive", "uvit none", "uvit cls")]
 LONGER = ["uvit none longer", "uvit cls longer"]
 PAIRS = [*zip(BASELINES, TABLE2), *zip(LONG[::2], LONG[1::2]), (*LONGER,), ("edm none narrow long", "edm adaptive narrow long"),
-         ("rf-glyphs none", "rf-glyphs adaptive"), *((f"{model} none", f"{model} add") for model in ("edm", "ddpm", "rf", "dit"))]
+         ("rf-glyphs none", "rf-glyphs adaptive"), ("dit-cond none", "dit-cond adaptive"), *((f"{model} none", f"{model} add") for model in ("edm", "ddpm", "rf", "dit"))]
 TABLES["length"] = [(name, f"{name.split()[0]} none {name.split()[-1]}" if "none" not in name else None) for name in LONG + LONGER]
 TABLES["width"] = [("edm none narrow long", None), ("edm adaptive narrow long", "edm none narrow long")]
 QUEUE = [       # groups in the order of work; within one, seed by seed, so that a queue that is stopped has whole comparisons
