@@ -1013,37 +1013,58 @@ def save_loss_plot(log, path):
 FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
 
 
-def lock(file):
-    """Locks an open file for this process until it is closed or the process ends, however it ends. Two runs in one
-    folder would mix their states."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{file.name} is being written by another run; wait for its end, or choose another --out")
-    except OSError as error:
-        print(f"note: {file.name} cannot be locked ({error}): see that no other run uses its folder", file=sys.stderr)
+def claim(out, stack):
+    """Makes the run folder and locks it until the stack closes or the process ends, however it ends: two runs in one
+    folder would mix their states. The first process does so and gets the log, open for appending; the others wait."""
+    journal = None
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = stack.enter_context(open(out / "log.jsonl", "a"))
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out {out} is being written by another run; wait for its end, or choose another folder")
+        except OSError as error:
+            print(f"note: {out} cannot be locked ({error}): see that no other run uses it", file=sys.stderr)
+        for stale in out.glob(".*.part"):       # left by a process that was killed
+            stale.unlink(missing_ok=True)
+    if WORLD > 1:
+        dist.barrier()      # nobody reads before the folder is ours
+    return journal
 
 
 def restore(path, cfg, parts):
     """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
     state = read_checkpoint(path)
     try:
-        there, here = {**state["config"], "script": state["script"]}, {**dataclasses.asdict(cfg), "script": SCRIPT}
+        defaults = {f.name: f.default for f in dataclasses.fields(cfg)}     # of fields that are newer than the file
+        there, here = {**defaults, **state["config"], "script": state["script"]}, {**vars(cfg), "script": SCRIPT}
         free = {*FREE} - ({"accum"} if cfg.cl else set())
-        there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **there}       # fields newer than the file
-        other = [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]
-        for name, part in parts.items() if not other else ():
+        if other := [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]:
+            raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another "
+                            f"folder; --init {path} starts one anew from its averaged weights")
+        for name, part in parts.items():
             if state[name] or name != "scaler":         # a loss scaler that was off has no state
                 part.load_state_dict(state[name])
-        whole = all_finite(state) and isinstance(state["step"], int)
+        if not all_finite(state) or not isinstance(state["step"], int):
+            raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
+        return state["step"]
+    except UserError:
+        raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no state of this run ({error!r:.300}); move it away to start anew")
-    if other:
-        raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another folder; "
-                        f"--init {path} starts one anew from its averaged weights")
-    if not whole:
-        raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
-    return state["step"]
+
+
+def resume(out, cfg, parts):
+    """The step at which a run goes on: that of last.pt, whose state is loaded into the parts, or 0."""
+    step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
+    if WORLD > 1:
+        steps = [step] * WORLD
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"--out {out}: processes find states of steps {min(steps)} and {max(steps)} there; it must "
+                            "be one folder that all machines see")
+    return step
 
 
 def read_log(path, step):
@@ -1100,21 +1121,8 @@ def run(cfg, stack):
     scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
     parts = dict(model=learner.net, ema=ema.net, heads=learner.heads, ema_heads=ema.heads, optimizer=optimizer,
                  scaler=scaler)
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        journal = stack.enter_context(open(out / "log.jsonl", "a"))
-        lock(journal)       # until it is closed: by this function, or by the system when the process is killed
-        for stale in out.glob(".*.part"):       # left by a process that was killed
-            stale.unlink(missing_ok=True)
-    if WORLD > 1:
-        dist.barrier()      # nobody reads before the folder is ours
-    step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
-    if WORLD > 1:
-        steps = [step] * WORLD
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise UserError(f"--out {out}: processes find states of steps {min(steps)} and {max(steps)} there; it must "
-                            "be one folder that all machines see")
+    journal = claim(out, stack)
+    step = resume(out, cfg, parts)
     log, size = read_log(out / "log.jsonl", step)
     if cfg.compile:
         learner.net.compile()
@@ -1250,11 +1258,8 @@ def make_config(dataset="glyphs", **overrides):
     special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
     cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
     cfg.size = cfg.size or DATASETS[dataset][1]
-    words = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset]
-    words += [cfg.backbone] if "backbone" in overrides else []
-    words += [cfg.self_cond] + ["uncond"] * getattr(cfg, "uncond", False)
-    named = "size patch layer aug aug_mask cl cl_head cl_target cl_feature".split()
-    words += [f"{name}_{overrides[name]}" for name in named if name in overrides]
+    words = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset, cfg.self_cond]
+    words += [f"{k}_{overrides[k]}" for k in fields if k in overrides and k not in {*FREE, "self_cond", "seed"}]
     cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(words)}-s{cfg.seed}"
     for f in dataclasses.fields(Config):
         if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):

@@ -130,7 +130,8 @@ def test_make_config_lists_what_is_valid(script):
 
 
 def test_default_run_folders_are_apart(script):
-    """Another backbone, another baseline, another folder of images or another ablation is another run."""
+    """Whatever a run cannot be continued with, another backbone, baseline, folder of images, ablation or learning rate, is another
+    run; more steps are not."""
     big = list(script.Backbone.sizes)[-1]
     outs = [script.make_config(**fields).out for fields in (
         dict(dataset="imagenet100"), dict(dataset="imagenet100", backbone=big), dict(dataset="imagenet100", self_cond="none"),
@@ -139,6 +140,7 @@ def test_default_run_folders_are_apart(script):
     layer = script.Backbone.choices(script.make_config("glyphs"))["layer"][0]
     ablations = dict(), dict(cl=0.1), dict(cl=0.1, cl_head="plain"), dict(cl=0.1, cl_target="min"), dict(aug=0.2), dict(aug=0.2, cl=0.1), dict(layer=layer)
     assert len({script.make_config("glyphs", **{"cl": 0.01, **fields}).out for fields in ablations}) == 7
+    assert len({script.make_config("glyphs", **fields).out for fields in (dict(), dict(lr=1e-3), dict(batch=8), dict(lr=1e-3, steps=5))}) == 3
     assert script.make_config("folder", size=32).out != script.make_config("folder").out
     if hasattr(script.Config, "patch"):
         assert script.make_config("glyphs", patch=2).out != script.make_config("glyphs").out
