@@ -117,7 +117,7 @@ def test_tables_of_the_evidence():
 
 def test_findings_have_their_numbers_from_the_tables():
     """Each "mean ± half" of the prose is a cell of the tables, rounded; its sign is in the words."""
-    prose = re.search(r"### What we found so far\n(.*?)\n### ", RAW, re.S)[1]
+    prose = re.search(r"### What we found\n(.*?)\n### ", RAW, re.S)[1]
     cells = [tuple(map(float, pair)) for pair in re.findall(r"[+-]([\d.]+) ± ([\d.]+)", RAW)]
     found = re.findall(r"([\d.]*\d) ± ([\d.]*\d)", prose)
     assert len(found) > 8
