@@ -1604,7 +1604,7 @@ def encode_command(argv):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(encode_command(sys.argv[1:]) if "--encode" in sys.argv else main())
     except SystemExit as end:
         if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
             sys.stdout.flush()

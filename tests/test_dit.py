@@ -292,7 +292,8 @@ def test_encoding_from_the_shell_survives_sigkill(pictures):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert finish(launch("dit_latent_sc", arguments))[0] == 0
+    status, _, err = finish(launch("dit_latent_sc", arguments))
+    assert status == 0, err
     ended = files(cfg)
     shutil.rmtree(folder / "x", ignore_errors=True)
     for name in ended:
