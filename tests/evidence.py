@@ -374,7 +374,7 @@ def chance(text):
     """How many differences of the tables in a text are bold. Rows that stand in two tables count once."""
     rows = [(line.split("|")[1], cell) for line in set(text.splitlines()) for cell in line.split("|") if re.match(r" \**[+-].* ± ", cell)]
     bold = [row for row, cell in rows if "**" in cell]
-    special = lambda names: sum(bool(re.search(" (aug|cl)", name)) for name in names)       # augmentation or contrast
+    special = lambda names: sum(bool(re.search(r" (aug|cl)\b", name)) for name in names)       # augmentation or contrast
     rest = len(rows) - special(row for row, _ in rows)
     return (f"Of the {len(rows)} differences with an interval, {len(bold)} are bold, {special(bold)} of them in rows with augmentation or "
             f"contrast. Of the other {rest}, {len(bold) - special(bold)} are bold; chance alone would give about {rest / 20:.0f}. They share runs "

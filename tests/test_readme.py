@@ -126,6 +126,12 @@ def test_findings_have_their_numbers_from_the_tables():
         assert any(all(map(near, pair, cell)) for cell in cells), pair
 
 
+def test_chance_tells_contrast_from_cls():
+    text = "| `uvit cls` | **-1.0 ± 0.5** | +1.0 ± 2.0 |\n| `uvit cls cl` | **+2.0 ± 1.0** |\n| `edm none aug` | -2.0 ± 3.0 |\n| `uvit cls` | **-1.0 ± 0.5** | +1.0 ± 2.0 |"
+    said = evidence.chance(text)
+    assert said.startswith("Of the 4 differences with an interval, 2 are bold, 1 of them in rows with augmentation or contrast. Of the other 2, 1 are bold;")
+
+
 def test_pairs_together(monkeypatch):
     """Gains of 1, 2 and 6 points with three scripts: far apart as pairs, and the same in each seed's mean. And with seeds that differ: as
     three means, of which 0.4, 0.5 and 0.6 exclude 0."""
