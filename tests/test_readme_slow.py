@@ -93,7 +93,7 @@ def test_every_command_runs(tmp_path, capsys):
     make_up(home)
     os.chdir(home)
     once = f"{sys.executable} {{}} --steps 1 --batch 8 --nfe 2"
-    for line in ("uvit_sc.py", f"uvit_sc.py --dataset cifar100 {TINY['uvit_sc.py']} --out runs/A", f"uvit_sc.py --dataset cifar100 {TINY['uvit_sc.py']} --out runs/B",
+    for line in ("uvit_sc.py --out runs/uvit_sc-glyphs-cls-s0", f"uvit_sc.py --dataset cifar100 {TINY['uvit_sc.py']} --out runs/A", f"uvit_sc.py --dataset cifar100 {TINY['uvit_sc.py']} --out runs/B",
                  f"dit_latent_sc.py --encode --dataset imagenet {LATENTS}", f"dit_latent_sc.py --dataset imagenet {TINY['dit_latent_sc.py']} --out runs/L"):
         subprocess.run(f"{sys.executable} {line}" if "--encode" in line else once.format(line), shell=True, check=True, capture_output=True)
     text = (home / "README.md").read_text()
