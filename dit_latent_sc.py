@@ -1045,7 +1045,6 @@ def one_process_first():
     if WORLD > 1:
         if LOCAL_RANK == 0:
             dist.barrier(group)
-        dist.destroy_process_group(group)
 
 
 def autocast(cfg, device):

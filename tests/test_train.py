@@ -269,14 +269,17 @@ def test_reading_ahead(script):
 
 def test_the_first_process_may_take_hours(script, monkeypatch):
     """Also under NCCL, whose barriers do not wait as long as they are told."""
-    groups, ended = [], []
+    groups, waits = [], []
     monkeypatch.setattr(script, "WORLD", 2)
-    monkeypatch.setattr(script.dist, "new_group", lambda **how: groups.append(how))
-    monkeypatch.setattr(script.dist, "barrier", lambda group: None)
-    monkeypatch.setattr(script.dist, "destroy_process_group", ended.append)
+    monkeypatch.setattr(script.dist, "new_group", lambda **how: groups.append(how) or "group")
+    monkeypatch.setattr(script.dist, "barrier", waits.append)
     with script.one_process_first():
-        pass
-    assert groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 6 * 3600 and len(ended) == 1
+        waits.append("work")
+    assert groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 6 * 3600 and waits == ["work", "group"]
+    monkeypatch.setattr(script, "LOCAL_RANK", 1)
+    with script.one_process_first():
+        waits.append("work")
+    assert waits[2:] == ["group", "work"]
 
 
 def test_an_error_is_shown_before_others_are_waited_for(script, monkeypatch, tmp_path):
