@@ -50,8 +50,8 @@ class Config:
     dropout: float = 0.0         # where the public implementations have it (Table 8); U-ViT has none
     time_scale: float = 1.0      # the network reads time_scale * t: 1 in U-ViT, 0.001 in DDAE
     pos_init: str = "normal"     # of positions: normal, as in U-ViT | sincos: knows the grid at once, for short runs
-    self_cond: str = "cls"       # cls: a learned token (Fig. 2a) | adaptive, add: pooled features (Table 7a) | none
-    layer: str = "out_2"         # best for the linear probe (Table 10); UNet, DiT: its features condition what follows
+    self_cond: str = "cls"       # adaptive: e + s(t) W f | add: e + W f (Table 7a) | cls: a token (Fig. 2a) | none
+    layer: str = "out_2"         # UNet, DiT: its features condition what follows; all: probed, contrasted (Table 10)
     t_probe: float = 11          # best time for the linear probe (Table 10)
     # optimisation
     epochs: int = 2000           # passes over the training images (Table 11)
