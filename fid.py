@@ -1,48 +1,47 @@
-"""FID and Inception Score in one file: Inception, statistics, distance, and a line that says how the number came about.
+"""FID and Inception Score: the network, the statistics, the distance, and how a number came about.
 
-Papers    FID: Heusel et al. 2017 (arXiv 1706.08500). Inception Score (IS): Salimans et al. 2016 (arXiv 1606.03498).
-Maths     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of Gaussians fitted to features of two image sets
-          IS  = exp E_x KL(p(y|x) || p(y))
-Numbers   Network, resize and statistics are pytorch-fid's: same weights, same FID to 1e-3. Scores compare only at equal
-          N, reference, sampler and detector, hence the protocol line. --resize tensorflow: as torch-fidelity and
-          ADM's evaluator, of which both scores differ from pytorch-fid's.
+FID (Heusel et al. 2017, arXiv 1706.08500) = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of
+Gaussians fitted to features of two image sets; Inception Score (Salimans et al. 2016) = exp E_x
+KL(p(y|x) || p(y)). Network, resizing and statistics are pytorch-fid's: same weights, same FID to
+1e-3; with --resize tensorflow those of torch-fidelity and ADM's evaluator, whose scores differ.
+Scores compare only at equal N, reference, sampler and detector: hence the protocol line.
 
-Run       python fid.py runs/.../last.pt                   # 50,000 samples against the training images: FID and IS
-          python fid.py runs/.../last.pt --n 10000         # sooner, but biased upwards, and called FID-10k
-          python fid.py samples/ cifar10                   # A and B: folder of images, .npz, data set, or checkpoint
-          python fid.py samples/ cifar10_stats.npz         # .npz: pytorch-fid's (mu, sigma), or ADM's images (arr_0)
-          python fid.py runs/.../last.pt --detector tiny   # no Inception at hand, or images that are no photographs
-          python fid.py runs/.../last.pt --save samples    # and keep what is drawn: PNGs; samples.npz: as ADM reads it
-          python fid.py --save-stats images/ new.npz       # no distance: the statistics of A, as python -m pytorch_fid
-          torchrun --nproc_per_node=2 fid.py ...           # all GPUs (or CPU processes) share the work; same numbers
+    python fid.py runs/.../last.pt                    # 50,000 samples and the training images
+    python fid.py runs/.../last.pt --detector tiny    # no Inception at hand, or no photographs
+    python fid.py samples/ cifar10_stats.npz          # folder, .npz, data set or checkpoint
+    torchrun --nproc_per_node=2 fid.py ...            # share the work; the same numbers
 """
-import argparse, contextlib, dataclasses, datetime, functools, hashlib, http.client, importlib, itertools, json, math
-import os, re, shutil, sys, time, urllib.request, zipfile, zlib
+import argparse, contextlib, dataclasses, datetime, functools, hashlib, importlib, itertools, json
+import math, os, sys, time, urllib.request
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+# OpenMP threads that spin while they wait starve beside another busy process: 480 images/s fell to
+# 3. They are to sleep soon. Must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-SCRIPTS = ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")     # a checkpoint may name these, and nothing else
-EXTENSIONS = "bmp jpg jpeg pgm png ppm tif tiff webp".split()
+SCRIPTS = ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")    # nothing else is imported
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d"       # how the sha256 of that file begins
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 QUIET = True if RANK else None      # of progress bars; None: only where stderr is no terminal
 
 
 class UserError(ValueError):
-    """What the user can fix. The command line prints it as one line and ends with status 2."""
+    """What the user can mend. The command line prints it as one line and ends with status 2."""
 
 
-def digest(parts):
+def digest(*parts):
     """The first 12 hex digits of the sha256 of bytes-like parts, one after the other."""
     sha = hashlib.sha256()
     for part in parts:
@@ -52,9 +51,10 @@ def digest(parts):
 
 @contextlib.contextmanager
 def new_file(path):
-    """A temporary file to write to, that gets its name when the block ends well: nobody ever finds half a file."""
-    part = Path(path).with_name(f".{Path(path).name}.{os.uname().nodename}.{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    """A file that gets its name when it is complete: a crash leaves the old one or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
@@ -63,221 +63,186 @@ def new_file(path):
         part.unlink(missing_ok=True)
 
 
-def load_tensors(path):
-    """What torch.save wrote; code in it is refused, not run. On damaged files torch.load fails in many ways."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise UserError(f"{path} cannot be loaded ({str(error)[:200]})")
-
-
-# Processes: torchrun starts several. Each measures its batches, and all meet in a few places, always together.
-
-def gather(value):
-    """The values of all processes, a list in the order of their ranks."""
+def gather(value=None):
+    """The values of all processes. Here all wait for all."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def agreed(work):
-    """work(), in which processes do not meet. What the user can fix in one is raised in all: none waits for another
-    that has left."""
-    result, fault = None, None
-    try:
-        result = work()
-    except (OSError, UserError, *(sys.modules[s].UserError for s in SCRIPTS if s in sys.modules)) as error:
-        fault = error
-    faults = [error for error in gather(fault and str(fault)) if error is not None]
-    if faults:
-        raise UserError(faults[0]) from fault
-    return result
-
-
 def in_turn(work):
-    """work() in the first process of each machine, as it may download, decode or train; then in the others."""
-    result = agreed(lambda: work() if LOCAL_RANK == 0 else None)
-    return agreed(lambda: work() if LOCAL_RANK > 0 else result)
+    """work() in the first process of each machine, as it may download or train; then in others."""
+    result = work() if LOCAL_RANK == 0 else None
+    gather()
+    return work() if LOCAL_RANK > 0 else result
 
 
 def shares(rows, batch):
-    """The batches of this process, each with the index at which it begins: every WORLD-th, so that each row is seen
-    once. With 2 processes, 25 rows and batches of 10, the first has (0, rows 0-9), (20, rows 20-24)."""
+    """This process's batches, every WORLD-th, each with the index at which it begins."""
     for i in range(RANK * batch, len(rows), WORLD * batch):
         yield i, rows[i:i + batch]
 
 
-# ---- 1. Inception: the network of 2015 behind every published FID, with torchvision's parameter names ----------------
+# ---- 1. Inception: the network of 2015 behind every published FID, names as in torchvision -------
 
-class Unit(nn.Module):
-    """Convolution, BatchNorm, ReLU. Same-size padding at stride 1, none at stride 2, unless told."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, [k // 2 * (stride == 1 and pad) for k in kernel], bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def unit(c_in, c_out, kernel, stride=1, padding="same"):
+    padding = padding if stride == 1 else "valid"
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+    bn = nn.BatchNorm2d(c_out, eps=1e-3)
+    return nn.Sequential(OrderedDict(conv=conv, bn=bn, relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated as listed. A branch is a chain of units, "48 1x1, 64 5x5" (channels, kernel,
-    /2 for stride 2); "384 1x3 3x1" forks. branch_pool begins with the pool; "halve" adds a branch that is a pool."""
+    """Branches side by side, concatenated: name=[(channels, kernel), ...]; two kernels see the same
+    input. branch_pool begins with the pool, whose stride the last unit of each branch has, too."""
 
-    def __init__(self, c_in, pool="avg", **branches):
+    def __init__(self, c_in, pool, **branches):
         super().__init__()
-        self.chains, self.pool = [], pool
-        for branch, text in branches.items():
-            c, chain, links = c_in, [], text.split(", ")
-            for k, link in enumerate(links, 1):
-                width, *kernels = link.split()
-                chain.append([])
-                for letter, kernel in zip("ab" if len(kernels) > 1 else [""], kernels):
-                    chain[-1].append(branch + f"_{k}" * (len(links) > 1) + letter)     # branch3x3_2a
-                    size, _, stride = kernel.partition("/")
-                    self.add_module(chain[-1][-1], Unit(c, int(width), [*map(int, size.split("x"))], int(stride or 1)))
-                c = int(width) * len(kernels)
-            self.chains.append(chain)
+        self.pool = pool
+        self.chains = {branch: [] for branch in branches}       # names of units: [one or two, ...]
+        for branch, units in branches.items():
+            c = c_in
+            for k, (c_out, *kernels) in enumerate(units, 1):
+                name = branch if len(units) == 1 else f"{branch}_{k}"       # branch3x3dbl_1
+                names = [name] if len(kernels) == 1 else [name + "a", name + "b"]
+                stride = pool.stride if k == len(units) else 1
+                for name, kernel in zip(names, kernels):
+                    self.add_module(name, unit(c, c_out, kernel, stride))
+                self.chains[branch].append(names)
+                c = c_out * len(kernels)
 
     def forward(self, x):
         outputs = []
-        for chain in self.chains:
-            h = x
-            if chain == [["branch_pool"]]:      # TensorFlow leaves the padding out of the average
-                h = (F.max_pool2d(x, 3, stride=1, padding=1) if self.pool == "max" else
-                     F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
+        for branch, chain in self.chains.items():
+            h = self.pool(x) if branch == "branch_pool" else x
             for names in chain:
                 h = torch.cat([self.get_submodule(name)(h) for name in names], dim=1)
             outputs.append(h)
-        return torch.cat(outputs + [F.max_pool2d(x, 3, stride=2)] * (self.pool == "halve"), dim=1)
+        return torch.cat(outputs, dim=1)
 
 
-def resize_tensorflow(x, size=299):
-    """Bilinear as in TensorFlow 1: pixel i of the new image lies at i * old / new, without the half-pixel shift of
-    others. Images float32 (B, C, H, W) -> (B, C, size, size)."""
-    for dim in (3, 2):
-        place = torch.arange(size, device=x.device) * torch.tensor(x.shape[dim] / size, dtype=torch.float32)
-        low = place.long()
-        a, b = (x.index_select(dim, i.clamp(max=x.shape[dim] - 1)) for i in (low, low + 1))
-        x = a + (b - a) * (place - low).view(-1, *[1] * (3 - dim))
-    return x
+class Inception(nn.Sequential):
+    """uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008). By the custom of the
+    IS the logits have no bias: fc.bias is there because the file has it."""
+    kind, dim, classes = "inception", 2048, 1008
 
+    def __init__(self, resize="torch"):
+        average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)     # TensorFlow's
+        most, halve = nn.MaxPool2d(3, stride=1, padding=1), nn.MaxPool2d(3, stride=2)
+        row, column, fork = (1, 7), (7, 1), (384, (1, 3), (3, 1))
 
-class Inception(nn.Module):
-    """uint8 images (B, 1 or 3, H, W) -> features (B, 2048), logits (B, 1008). By the custom of the IS the logits have
-    no bias: fc.bias is there because the file has it."""
-    kind, dim, classes, resize = "inception", 2048, 1008, "torch"
+        def a(c_in, d):
+            return Mixed(c_in, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                         branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(d, 1)])
 
-    def __init__(self):
-        super().__init__()
-        a = lambda c_in, c: Mixed(c_in, branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5",
-                                  branch3x3dbl="64 1x1, 96 3x3, 96 3x3", branch_pool=f"{c} 1x1")
-        c = lambda c: Mixed(768, branch1x1="192 1x1", branch7x7=f"{c} 1x1, {c} 1x7, 192 7x1",
-                            branch7x7dbl=f"{c} 1x1, {c} 7x1, {c} 1x7, {c} 7x1, 192 1x7", branch_pool="192 1x1")
-        e = lambda c_in, pool: Mixed(c_in, pool, branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3 3x1",
-                                     branch3x3dbl="448 1x1, 384 3x3, 384 1x3 3x1", branch_pool="192 1x1")
-        self.Conv2d_1a_3x3 = Unit(3, 32, (3, 3), stride=2)
-        self.Conv2d_2a_3x3 = Unit(32, 32, (3, 3), pad=False)
-        self.Conv2d_2b_3x3 = Unit(32, 64, (3, 3))
-        self.Conv2d_3b_1x1 = Unit(64, 80, (1, 1))
-        self.Conv2d_4a_3x3 = Unit(80, 192, (3, 3), pad=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = a(192, 32), a(256, 64), a(288, 64)
-        self.Mixed_6a = Mixed(288, "halve", branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2")
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = c(128), c(160), c(160), c(192)
-        self.Mixed_7a = Mixed(768, "halve", branch3x3="192 1x1, 320 3x3/2",
-                              branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2")
-        self.Mixed_7b, self.Mixed_7c = e(1280, "avg"), e(2048, "max")       # max: an oddity that every FID has
-        self.fc = nn.Linear(2048, 1008)
+        def c(d):
+            return Mixed(
+                768, average, branch1x1=[(192, 1)], branch7x7=[(d, 1), (d, row), (192, column)],
+                branch7x7dbl=[(d, 1), (d, column), (d, row), (d, column), (192, row)],
+                branch_pool=[(192, 1)])
+
+        def e(c_in, pool):
+            return Mixed(c_in, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
+                         branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=unit(3, 32, 3, stride=2), Conv2d_2a_3x3=unit(32, 32, 3, padding="valid"),
+            Conv2d_2b_3x3=unit(32, 64, 3), pool_1=halve,                        # (B, 64, 73, 73)
+            Conv2d_3b_1x1=unit(64, 80, 1), Conv2d_4a_3x3=unit(80, 192, 3, padding="valid"),
+            pool_2=halve, Mixed_5b=a(192, 32), Mixed_5c=a(256, 64), Mixed_5d=a(288, 64),
+            Mixed_6a=Mixed(288, halve, branch3x3=[(384, 3)],                    # (B, 288, 35, 35)
+                           branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[]),
+            Mixed_6b=c(128), Mixed_6c=c(160), Mixed_6d=c(160), Mixed_6e=c(192), # (B, 768, 17, 17)
+            Mixed_7a=Mixed(768, halve, branch3x3=[(192, 1), (320, 3)], branch7x7x3=[
+                (192, 1), (192, row), (192, column), (192, 3)], branch_pool=[]),
+            Mixed_7b=e(1280, average), Mixed_7c=e(2048, most),                  # (B, 2048, 8, 8)
+            fc=nn.Linear(2048, 1008)))
+        self.resize = resize
 
     def forward(self, images):
-        x = images.expand(-1, 3, -1, -1).float()                                        # grey becomes RGB
+        x = images.expand(-1, 3, -1, -1).float()        # grey becomes RGB
         if self.resize == "tensorflow":
             x = (resize_tensorflow(x) - 128) / 128
-        else:
-            x = 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1   # no antialias
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))               # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))        # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))   # (B, 288, 35, 35)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))        # (B, 768, 17, 17)
-        features = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(dim=(2, 3))      # of (B, 2048, 8, 8)
+        else:       # without antialias
+            x = F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False)
+            x = 2 * x - 1
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        features = x.mean(dim=(2, 3))
         return features, features @ self.fc.weight.T
 
 
-def load_inception(file, folder):
-    """Inception in eval mode: from `file`, which may hold any weights, or from the published file, which is looked for
-    in `folder` and else downloaded to it. A download gets its name only when its hash is right."""
-    path = Path(file or Path(folder) / INCEPTION_URL.rpartition("/")[2])
+def resize_tensorflow(x, size=299):
+    """Bilinear as in TensorFlow 1: pixel i of the new image lies at i * old / new, without the
+    half-pixel shift of others. float32 (B, C, H, W) -> (B, C, size, size)."""
+    for dim in (3, 2):
+        old = x.shape[dim]
+        place = torch.arange(size, device=x.device) * torch.tensor(old / size, dtype=torch.float32)
+        low = place.long()
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=old - 1))
+        weight = place - low
+        x = a + (b - a) * (weight if dim == 3 else weight[:, None])
+    return x
 
-    def download(part):
-        with urllib.request.urlopen(INCEPTION_URL, timeout=30) as reply:
-            with tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name, disable=QUIET) as stream:
-                shutil.copyfileobj(stream, part)
-        part.flush()
-        check(Path(part.name))
 
-    def check(path):
-        sha, size = digest([path.read_bytes()]), path.stat().st_size
-        if not file and not sha.startswith(INCEPTION_SHA256):
-            raise OSError(f"{size} bytes with sha256 {sha}..., not {INCEPTION_SHA256}...")
-        return sha
-
+def load_inception(file, folder, resize):
+    """From `file`, which may hold any weights, or from the published file, which is looked for in
+    `folder` and else downloaded to it."""
+    path, net = Path(file or Path(folder, INCEPTION_URL.rpartition("/")[2])), Inception(resize)
     try:
-        if not file and not path.exists():
-            with new_file(path) as part:
-                download(part)
-        net = Inception()
-        net.hash = check(path)
-        net.load_state_dict(load_tensors(path))
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"no Inception weights at {path} ({error}); put there what {INCEPTION_URL} serves, or name "
-                        "another place with --inception FILE, or use --detector tiny")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no Inception weights ({str(error)[:200]})")
+        there = file or path.exists()
+        source = open(path, "rb") if there else urllib.request.urlopen(INCEPTION_URL, timeout=30)
+        with source:
+            data = source.read()
+        net.hash = digest(data)
+        if not file and not net.hash.startswith(INCEPTION_SHA256):
+            raise OSError(f"{len(data)} bytes with sha256 {net.hash}..., not {INCEPTION_SHA256}...")
+        if not there:
+            with new_file(path) as new:
+                new.write(data)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:      # there are many ways to fail
+        raise UserError(f"{path} holds no Inception weights ({str(error)[:300]}); put there what "
+                        f"{INCEPTION_URL} serves, or give --inception FILE or --detector tiny")
     return net.eval()
 
 
-# ---- 2. The tiny detector: a classifier trained on the spot, for machines without network and for small images -------
-
-DETECTOR = dict(version=1, widths=(32, 64, 128), features=64, steps=800, batch=128, lr=3e-3, shift=1, seed=0)
-
+# ---- 2. The tiny detector: a classifier trained on the spot, for small images, without network ---
 
 class TinyDetector(nn.Module):
     """uint8 images (B, 1 or 3, S, S) -> features (B, 64), logits (B, classes)."""
-    kind, dim, resize = "tiny", DETECTOR["features"], "none"
+    kind, dim, resize = "tiny", 64, "none"
 
     def __init__(self, size, classes):
         super().__init__()
-        self.size, self.classes, layers, c = size, classes, [], 3
+        self.size, self.classes = size, classes
         step = max(1, size // 16)       # brings any image to about 16 x 16
-        for width, stride in zip(DETECTOR["widths"], (step, 2, 2)):
-            kernel = 3 if layers else 2 * step + 1
-            layers += [nn.Conv2d(c, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            c = width
-        self.conv, self.feature = nn.Sequential(*layers), nn.Linear(c, self.dim)
-        self.head = nn.Linear(self.dim, classes)
+        self.conv = nn.Sequential(
+            nn.Conv2d(3, 32, 2 * step + 1, step, step, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, 2, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+        self.feature, self.head = nn.Linear(128, self.dim), nn.Linear(self.dim, classes)
+        self.register_buffer("accuracy", torch.zeros(()))       # on the test images
 
     def forward(self, images):
-        if images.shape[-2:] != (self.size, self.size):
-            raise UserError(f"--detector tiny knows images of {self.size} x {self.size} pixels, and there is one of "
-                            f"{images.shape[-1]} x {images.shape[-2]}")
         x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
         features = self.feature(self.conv(x).mean(dim=(2, 3)))
         return features, self.head(features.relu())
 
 
-def train_detector(images, labels):
-    """On the CPU for a fixed number of steps, so that the same images give the same detector, up to rounding."""
-    steps, batch, lr, s, seed = (DETECTOR[k] for k in ("steps", "batch", "lr", "shift", "seed"))
+def train_detector(images, labels, steps=800, batch=128, lr=3e-3, shift=1):
+    """On the CPU, for a number of steps: the same images, the same detector, up to rounding."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         net = TinyDetector(images.shape[-1], int(labels.max()) + 1)
-    optimizer, gen = torch.optim.AdamW(net.parameters(), lr), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr)
+    gen = torch.Generator().manual_seed(0)
     for step in tqdm(range(steps), desc="training the tiny detector", unit="step", disable=QUIET):
         rows = torch.randint(len(images), (batch,), generator=gen)
-        dy, dx = torch.randint(2 * s + 1, (2,), generator=gen).tolist()         # the whole batch moves: that is cheap
-        x = F.pad(images[rows].float(), (s, s, s, s), mode="replicate")[..., dy:, dx:][..., :net.size, :net.size]
+        dy, dx = torch.randint(2 * shift + 1, (2,), generator=gen).tolist()
+        x = F.pad(images[rows].float(), [shift] * 4, mode="replicate")
+        x = x[..., dy:dy + net.size, dx:dx + net.size]      # the whole batch moves: that is cheap
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         F.cross_entropy(net(x)[1], labels[rows]).backward()
@@ -286,63 +251,56 @@ def train_detector(images, labels):
 
 
 def load_detector(side, folder):
-    """The detector of a data set, from `folder`, else trained and put there; with its accuracy on the test images."""
+    """The detector of a data set, from `folder`, else trained and put there."""
     images, labels = side.load(True)
-    key = digest([side.hash.encode(), labels.numpy(), json.dumps(DETECTOR).encode()])
-    path = Path(folder) / f"detector-tiny-{side.name}-{key}.pt"
+    if labels.max() == 0:
+        raise UserError(f"--detector tiny tells classes apart, and {side.name} has only one")
+    key = digest(side.facts["sha256"].encode(), labels.numpy())
+    path = Path(folder, f"detector-tiny2-{side.name}-{key}.pt")
     if not path.exists():
         test, answers = side.load(False)        # first, as it may be missing
         net = train_detector(images, labels)
         with torch.no_grad():
-            right = sum((net(x)[1].argmax(1) == y).sum().item() for x, y in zip(test.split(500), answers.split(500)))
+            found = torch.cat([net(x)[1].argmax(dim=1) for x in test.split(500)])
+        net.accuracy += (found == answers).double().mean()
         with new_file(path) as file:
-            torch.save(dict(model=net.state_dict(), accuracy=right / len(test)), file)
-    net, state = TinyDetector(images.shape[-1], int(labels.max()) + 1), load_tensors(path)
-    try:
-        net.load_state_dict(state["model"])
-        net.accuracy = float(state["accuracy"])
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} is no detector of these images; delete it, and the next run trains one")
-    net.hash = digest(v.numpy() for v in net.state_dict().values())
+            torch.save(net.state_dict(), file)
+    net = TinyDetector(images.shape[-1], int(labels.max()) + 1)
+    net.load_state_dict(torch.load(path, weights_only=True))
+    net.hash = digest(*[value.numpy() for value in net.state_dict().values()])
     return net.eval()
 
 
-# ---- 3. Statistics and distance, in float64 --------------------------------------------------------------------------
+# ---- 3. Statistics and distance, in float64 ------------------------------------------------------
 
 class Statistics:
-    """Mean and covariance of features, and Inception Score of logits, of n images in one pass and constant memory, but
-    for a byte an image. For the IS, images fall into ten parts after a fixed shuffle (torch-fidelity's): parts of a
-    folder sorted by class would hold few classes each."""
+    """Mean and covariance of features, and Inception Score of logits, of n images in one pass. For
+    the IS, images fall into ten parts after a fixed shuffle (torch-fidelity's): parts of a folder
+    sorted by class would hold few classes each."""
 
     def __init__(self, n, dim, classes, device="cpu"):
-        part, order = np.empty(n, np.uint8), np.random.RandomState(2020).permutation(n)
-        for k in range(10):
-            part[order[k * n // 10:(k + 1) * n // 10]] = k
+        part = np.empty(n, np.uint8)
+        part[np.random.RandomState(2020).permutation(n)] = (10 * np.arange(n) + 9) // n
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
-        self.part, self.n, self.seen = torch.from_numpy(part).to(device), n, 0
-        self.sum, self.outer, self.p, self.p_log_p = zeros(dim), zeros(dim, dim), zeros(10, classes), zeros(10)
+        self.n, self.part = n, torch.from_numpy(part).to(device)
+        self.sum, self.outer = zeros(dim), zeros(dim, dim)
+        self.p, self.p_log_p = zeros(10, classes), zeros(10)
 
     def add(self, features, logits, start):
         """Features (B, D) and logits (B, classes) of the images start, start + 1, ... of the n."""
-        features, logits = (v.to(self.sum.device).double() for v in (features, logits))     # MPS cannot cast
-        log_p = logits.log_softmax(dim=1)
+        features = features.to(self.sum.device).double()        # in this order: MPS has no float64
+        log_p = logits.to(self.sum.device).double().log_softmax(dim=1)
         part = self.part[start:start + len(logits)].long()
-        self.seen += len(logits)
         self.sum += features.sum(0)
         self.outer.addmm_(features.T, features)
         self.p.index_add_(0, part, log_p.exp())
         self.p_log_p.index_add_(0, part, (log_p.exp() * log_p).sum(1))
 
-    def merge(self):
-        """The sums of all processes, in all."""
-        assert sum(gather(self.seen)) == self.n     # each image once
-        for total in (self.sum, self.outer, self.p, self.p_log_p) * (WORLD > 1):
-            dist.all_reduce(total)
-
     def gaussian(self):
         """Mean (D,) and covariance (D, D) with divisor n - 1."""
         mu = self.sum / self.n
-        return mu.cpu().numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).cpu().numpy()
+        sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
+        return mu.cpu().numpy(), sigma.cpu().numpy()
 
     def inception_score(self):
         """Mean and population standard deviation over the parts of exp(mean KL(p(y|x) || p(y)))."""
@@ -353,472 +311,383 @@ class Statistics:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians (Dowson & Landau 1982; as FID: Heusel et al. 2017, Eq. 6):
-    |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
-
-    With S = A A^T, the trace is the sum of the singular values of A1^T A2, all real. The square root of S1 S2 itself,
-    which is not symmetric, becomes complex by rounding where there are fewer images than features. Directions in which
-    S has nothing but rounding are left out of A, or their roots, 1e-8 instead of 1e-16, would add up.
-    """
-    def factor(sigma):      # A (D, rank)
+    """Squared Frechet distance of two Gaussians (Dowson & Landau 1982; as FID: Heusel et al. 2017,
+    Eq. 6): |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). With S = A A^T the last trace is
+    the sum of the singular values of A1^T A2, all real. The square root of S1 S2 itself, which is
+    not symmetric, becomes complex by rounding where there are fewer images than features."""
+    def factor(sigma):      # A (D, rank), without what is but rounding: its roots, 1e-8, add up
         values, vectors = torch.linalg.eigh(sigma)
         real = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
         return vectors[:, real] * values[real].sqrt()
 
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(v), dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
     trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
-    return max(((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item(), 0.0)
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    return max(distance.item(), 0.0)
 
 
-# ---- 4. What can be compared -----------------------------------------------------------------------------------------
+# ---- 4. What can be compared ---------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Side:
-    """One side of the comparison: images that come in batches, or statistics that are known already."""
+    """One side of the comparison: images that come in batches, or statistics that are known."""
     name: str
     n: int                      # images; None: statistics that do not tell
-    batches: callable = None    # batch size -> iterator over this process's (index of the first, uint8 (B, C, H, W))
+    facts: dict                 # more for the protocol
+    batches: callable = None    # batch -> this process's (index of the first, uint8 (B, C, H, W))
     gaussian: tuple = None      # (mu, sigma)
-    hash: str = None            # of the image bytes; the first process knows it
-    resize: str = None          # statistics only: before Inception, if they tell
     load: callable = None       # data set only: train -> (images, labels)
     cfg: object = None          # checkpoint only
-    facts: dict = dataclasses.field(default_factory=dict)       # more for the protocol
 
 
-def find_script(name):
-    known = name in SCRIPTS and Path(__file__).with_name(f"{name}.py").exists()
-    return importlib.import_module(name) if known else None
+def images_in_memory(name, images, load=None):
+    facts = dict(sha256=digest(np.ascontiguousarray(images)))
+    return Side(name, len(images), facts, functools.partial(shares, images), load=load)
 
 
-def open_dataset(name, data_dir, first="ddpm_sc", like=None):
-    """The training images of a data set, read by the script `first` or another that knows it; latents are no images.
-    like: the config of a checkpoint that they are compared with; images of the same data set get the same size."""
-    names = {}
-    for module in map(find_script, sorted(dict.fromkeys([first, *SCRIPTS]), key="dit_latent_sc".__eq__)):
-        names |= module.RECIPES if module else {}
-        if name in names:
-            cfg = module.make_config(dataset=name, data_dir=data_dir)
-            if hasattr(like, "tokenizer") and name != "glyphs":
-                raise UserError(f"{name} at {like.size} x {like.size} is too large to be a reference here; name ADM's "
-                                "reference batch (.npz) or a folder of images")
-            if like and like.dataset == name:
-                cfg = dataclasses.replace(like, data_dir=data_dir)
-            load = functools.cache(lambda train: module.load_data(cfg, train))
-            images = load(True)[0]
-            if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
-                raise UserError(f"no script reads {name} as images, only as latents; name a folder or .npz instead")
-            sha = digest([str(images.shape).encode(), images.numpy()]) if RANK == 0 else None
-            return Side(name, len(images), functools.partial(shares, images), load=load, hash=sha)
-    raise UserError(f"{name}: no such file or folder, and no data set; there are {', '.join(names)}")
+@functools.cache
+def scripts():
+    """Those of our scripts that lie beside this file, as modules."""
+    there = [name for name in SCRIPTS if Path(__file__).with_name(f"{name}.py").exists()]
+    return {name: importlib.import_module(name) for name in there}
 
 
-def open_folder(path, workers):
-    """Images of a folder, not of its subfolders, by name. They may differ in size. The hash is that of the files."""
-    files = sorted(f for f in path.iterdir() if f.suffix[1:].lower() in EXTENSIONS and f.is_file())
+def open_dataset(name, data_dir, like):
+    """The training images of a data set; as large as the samples of a checkpoint trained on it,
+    whose config is `like`."""
+    readers = {}
+    for script in reversed(scripts().values()):     # DiT's reads latents: any other goes before
+        readers |= dict.fromkeys(script.RECIPES, script)
+    if name not in readers:
+        raise UserError(f"{name} is no folder, .npz, .pt, nor a data set: {', '.join(readers)}")
+    cfg = readers[name].make_config(name, data_dir=data_dir)
+    if like and like.dataset == name != "glyphs":
+        cfg = dataclasses.replace(like, data_dir=data_dir)
+    if hasattr(cfg, "tokenizer"):
+        raise UserError(f"{name} is read as latents: name a folder of images or ADM's batch (.npz)")
+    load = functools.cache(lambda train: readers[name].load_data(cfg, train))
+    return images_in_memory(name, load(True)[0], load)
+
+
+def read_image(file):
+    """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
+    grey scaled to 8. No format that starts another program. ValueError: numbers of any range."""
+    formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+    with Image.open(file, formats=formats) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"numbers of mode {image.mode}, 32 bits, whose range is unknown")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def open_folder(path):
+    """Images of a folder, not of its subfolders, by name. They may differ in size. The hash is
+    that of the files."""
+    kinds = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+    files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in kinds]
     if not files:
-        raise UserError(f"{path} holds no images ({' '.join(EXTENSIONS)}); its folders are not looked into: name one")
+        raise UserError(f"{path} holds no images; its folders are not looked into: name one")
 
     def read(file):
         try:
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except Exception as error:      # damaged images make Pillow stumble in many ways
+            return torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
+        except Exception as error:      # Pillow fails in many ways on damaged images
             raise UserError(f"{file} cannot be read as an image ({error})")
 
     def batches(batch):
-        with ThreadPoolExecutor(workers) as pool:
-            parts = ((start, pool.map(read, part)) for start, part in shares(files, batch))
-            waiting = [*itertools.islice(parts, 2)]         # one is measured while the next is read
-            while waiting:
-                start, images = waiting.pop(0)
-                for _, group in itertools.groupby(images, key=lambda image: image.shape):
-                    group = torch.stack([*group])
-                    yield start, group
-                    start += len(group)
-                waiting += itertools.islice(parts, 1)
+        for start, some in shares(files, batch):
+            for _, group in itertools.groupby(pool.map(read, some), lambda image: image.shape):
+                images = torch.stack(list(group))
+                yield start, images
+                start += len(images)
 
-    return Side(str(path), len(files), batches, hash=digest(f.read_bytes() for f in files) if RANK == 0 else None)
+    pool = ThreadPoolExecutor(8)
+    sha = digest(*[hashlib.sha256(file.read_bytes()).digest() for file in files])
+    return Side(str(path), len(files), dict(sha256=sha), batches)
 
 
 def open_npz(path):
-    """pytorch-fid's statistics (mu, sigma), or images as ADM stores them (arr_0), a batch of which is in memory at a
-    time. Pickles inside are refused. Statistics beside ADM's mu_s are those of its evaluator, which resizes as
-    TensorFlow does; ours say how; pytorch-fid's do not."""
-    @contextlib.contextmanager
-    def opened():
-        """The open arr_0, just behind its header, and its shape."""
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)[0]
-            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
-            if dtype != np.uint8 or shape[3:] != (3,) or fortran:
-                raise ValueError(f"images must be uint8 (N, H, W, 3), and are {dtype} {shape}{', Fortran' * fortran}")
-            yield file, shape
-
-    def pieces(cut):
-        """(index of the first, images) for the index ranges that cut(range(N)) yields, in rising order."""
-        try:
-            with opened() as (file, (n, *shape)):
-                head, size = file.tell(), math.prod(shape)
-                for start, rows in cut(range(n)):
-                    file.seek(head + start * size)
-                    pixels = np.frombuffer(bytearray(file.read(len(rows) * size)), np.uint8)
-                    yield start, torch.from_numpy(pixels.reshape(len(rows), *shape)).permute(0, 3, 1, 2)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} cannot be read ({error})")
-
+    """pytorch-fid's statistics (mu, sigma), or images as ADM stores them (arr_0). Statistics beside
+    ADM's mu_s are its evaluator's, resized as by TensorFlow; ours say how; pytorch-fid's do not."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not in npz format")
         with np.load(path, allow_pickle=False) as file:
-            data = {k: file[k] for k in ("mu", "sigma", "n", "resize") if k in file}
-            names = file.files
-        mu, sigma = (data.get(k, np.empty(0)) for k in ("mu", "sigma"))
-        if mu.size and sigma.shape == 2 * mu.shape and np.isfinite(mu.sum() + sigma.sum()):
-            resize = "tensorflow" if "mu_s" in names else str(data["resize"]) if "resize" in data else None
-            return Side(str(path), int(data["n"]) if "n" in data else None, gaussian=(mu, sigma), resize=resize)
-        if "arr_0" not in names:
-            raise ValueError("neither statistics, mu (D,) and sigma (D, D), nor images, arr_0")
-        with opened() as (_, shape):
-            pass
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error})")
-    every = lambda rows: ((i, rows[i:i + 256]) for i in range(0, len(rows), 256))
-    parts = (x.permute(0, 2, 3, 1).numpy() for _, x in pieces(every))
-    sha = digest(itertools.chain([str(shape).encode()], parts)) if RANK == 0 else None
-    return Side(str(path), shape[0], lambda batch: pieces(lambda rows: shares(rows, batch)), hash=sha)
+            if "mu" in file:
+                facts = {key: file[key].item() for key in ("n", "resize", "pixels") if key in file}
+                if "mu_s" in file:
+                    facts["resize"] = "tensorflow"
+                gaussian = file["mu"], file["sigma"]
+                return Side(str(path), facts.pop("n", None), facts, gaussian=gaussian)
+            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+        if images.dtype != torch.uint8 or images.shape[1] != 3:
+            raise ValueError("arr_0 must be uint8 (N, H, W, 3)")
+    except Exception as error:      # NumPy fails in many ways on damaged files
+        raise UserError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0): {error}")
+    return images_in_memory(str(path), images)
 
 
-@contextlib.contextmanager
-def image_writer(path, seeds, workers):
-    """A function that writes images uint8 (B, C, H, W), in the order of the seeds: write(index of the first, images).
-    path: a folder for PNGs, named by seed; or one .npz as ADM reads it, which grows on the disk and not in memory; or
-    None. It gets its name when all are written. The first process writes."""
-    if not path or RANK > 0:
-        yield lambda start, images: None
-    elif path.endswith(".npz"):
-        with (new_file(path) as part, zipfile.ZipFile(part, "w") as archive,
-              archive.open("arr_0.npy", "w", force_zip64=True) as file):
-            def write(start, images):
-                pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-                if start == 0:
-                    shape = (len(seeds), *pixels.shape[1:])
-                    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-                file.write(pixels.tobytes())
-            yield write
-    else:
-        digits = max(6, len(str(seeds[-1])))
-        part = Path(path).with_name(f".{Path(path).name}.{os.uname().nodename}.{os.getpid()}.part")
-        part.mkdir()
-
-        def save(seed, image):
-            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part / f"{seed:0{digits}d}.png")
-
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                yield lambda start, images: [*pool.map(save, seeds[start:start + len(images)], images)]
-            if Path(path).exists():
-                Path(path).rmdir()      # it was empty; if it no longer is, this fails
-            part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+def save_images(path, images, seeds):
+    """One .npz as ADM reads it, or a folder of PNGs, named by seed."""
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    if path.endswith(".npz"):
+        with new_file(path) as file:
+            np.savez(file, pixels)
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for seed, image in zip(seeds, pixels):
+        Image.fromarray(image).save(Path(path, f"{seed:06d}.png"))
 
 
-def open_checkpoint(path, args, device, save=None):
-    """Samples of a checkpoint, drawn while they are measured: image i is of seed i. save: where they go, too."""
-    state = load_tensors(path)
-    name = state.get("script") if isinstance(state, dict) else None
-    if not (script := find_script(name)):
-        raise UserError(f"{path} is no checkpoint of a script beside fid.py ({', '.join(SCRIPTS)}), but of {name}")
+def open_checkpoint(path, args, device, save):
+    """Samples, drawn while they are measured: image i is of seed i. save: where they are kept."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        script = scripts()[state["script"]]
+    except Exception as error:      # torch.load fails in many ways
+        raise UserError(f"{path} is no checkpoint of {', '.join(scripts())} ({str(error)[:200]})")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
-    changes = {name: getattr(args, name) for name in ("nfe", "guidance", "data_dir", "vae")
-               if getattr(args, name) is not None}
-    if "guidance" in changes and getattr(cfg, "uncond", True):
-        raise UserError(f"--guidance {args.guidance:g}: does nothing, the network of {path} is told no classes")
-    if "vae" in changes and not hasattr(cfg, "vae"):
-        raise UserError(f"--vae {args.vae}: does nothing, {name} draws pixels")
-    cfg = script.make_config(**{**dataclasses.asdict(cfg), **changes})
-    net, seeds = net.to(device), range(args.seed, args.seed + args.n)
-    facts = dict(script=name, step=state.get("step"), weights=args.weights.replace("model", "raw"), nfe=0)
-    facts |= {} if getattr(cfg, "uncond", True) else dict(guidance=cfg.guidance)
-    facts |= dict(tol=cfg.tol) if hasattr(cfg, "tol") and not cfg.nfe else {}
-    facts |= dict(precision=str(script.autocast(cfg, device).fast_dtype).removeprefix("torch."))
+    settings = dataclasses.asdict(cfg)
+    for name in ("nfe", "guidance", "data_dir", "vae", "amp"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    cfg, net = script.make_config(**settings), net.to(device)
+    seeds = range(args.seed, args.seed + args.n)
+    precision = str(script.autocast(cfg, device).fast_dtype).removeprefix("torch.")
+    facts = dict(script=script.SCRIPT, step=state["step"], weights=args.weights, nfe=cfg.nfe,
+                 precision=precision, seeds=f"{seeds[0]}-{seeds[-1]}")
+    if not getattr(cfg, "uncond", True):
+        facts["guidance"] = cfg.guidance
 
-    def draw(batch):        # all processes draw a chunk together, and all have all of it; then each takes its share
-        evaluations, size = 0, math.ceil(batch / 64) * 64       # sample() works on 64 at a time
-        with contextlib.ExitStack() as stack:
-            write = agreed(lambda: stack.enter_context(image_writer(save, seeds, args.num_workers)))
-            for i in range(0, args.n, size * WORLD):
-                images = script.sample(net, cfg, seeds[i:i + size * WORLD])
-                agreed(lambda: write(i, images))
-                evaluations += net.nfe * len(images)
-                yield i + RANK * size, images[RANK * size:(RANK + 1) * size]
-        side.facts["nfe"] = round(evaluations / args.n, 1)      # RK45 takes as many as an image needs
+    def draw(batch):        # all draw a chunk together, and have all of it; each measures its share
+        evaluations, kept = 0, []
+        for i in range(0, args.n, batch * WORLD):
+            images = script.sample(net, cfg, seeds[i:i + batch * WORLD])
+            evaluations += net.nfe * len(images)
+            kept += [images] if save and RANK == 0 else []
+            if len(images) > RANK * batch:
+                yield i + RANK * batch, images[RANK * batch:(RANK + 1) * batch]
+        facts["nfe"] = round(evaluations / args.n, 1)       # RK45 takes as many as an image needs
+        if kept:
+            save_images(save, torch.cat(kept), seeds)
 
-    side = Side(str(path), args.n, draw, cfg=cfg, facts=dict(facts, seeds=[seeds[0], seeds[-1]]))
-    return side
-
-
-def open_side(word, args, device, save=None):
-    path, known = Path(word), Path(word).suffix in (".npz", ".pt")
-    if path.is_dir():
-        return open_folder(path, args.num_workers)
-    if known != path.exists():
-        raise UserError(f"{path}: " + ("no such file" if known else "neither folder, .npz nor checkpoint (.pt)"))
-    if not known:
-        return open_dataset(word, args.data_dir or "data")
-    return open_npz(path) if path.suffix == ".npz" else open_checkpoint(path, args, device, save)
+    return Side(str(path), args.n, facts, draw, cfg=cfg)
 
 
-# ---- 5. Evaluation ---------------------------------------------------------------------------------------------------
+def open_side(word, args, device, save=None, like=None):
+    path = Path(word)
+    if path.is_dir() and not (like and word == like.dataset):
+        return open_folder(path)
+    if path.suffix == ".npz":
+        return open_npz(path)
+    if path.suffix == ".pt":
+        return open_checkpoint(path, args, device, save)
+    return open_dataset(word, args.data_dir or "data", like)
+
+
+# ---- 5. Evaluation -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def measure(side, net, device, batch):
     """(mu, sigma) and Inception Score of one side; the latter is None where it means nothing."""
     if side.gaussian:
-        if len(side.gaussian[0]) != net.dim:
-            raise UserError(f"{side.name} has {len(side.gaussian[0])} features, and detector {net.kind} has {net.dim}")
-        if side.resize not in (None, net.resize):
-            raise UserError(f"{side.name} holds statistics for --resize {side.resize}, and this is {net.resize}")
+        dim, resize = len(side.gaussian[0]), side.facts.get("resize", net.resize)
+        if (dim, resize) != (net.dim, net.resize):
+            raise UserError(f"{side.name} holds statistics of {dim} features, --resize {resize}; "
+                            f"detector {net.kind} has {net.dim}, --resize {net.resize}")
         return side.gaussian, None
-    if side.n < 2:
-        raise UserError(f"{side.name} holds one image; a covariance needs two")
-    stats = Statistics(side.n, net.dim, net.classes, "cpu" if device.type == "mps" else device)     # MPS has no float64
-
-    def add(start, images):
-        for i in range(0, len(images), batch):
-            x = images[i:i + batch].to(device).contiguous()             # the order in memory would change the rounding
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # its 10 bits show in digit 3
-                stats.add(*net(x), start + i)
-        bar.update(min(len(images) * WORLD, side.n - bar.n))
-
-    with tqdm(total=side.n, desc=side.name, unit="image", disable=QUIET) as bar:
-        if side.cfg:        # the processes meet whenever they draw
-            for start, images in side.batches(batch):
-                agreed(lambda: add(start, images))
-        else:
-            agreed(lambda: [add(start, images) for start, images in side.batches(batch)] and None)
-    stats.merge()
-    return stats.gaussian(), stats.inception_score() if net.kind == "inception" and side.n >= 10 else None
+    stats = Statistics(side.n, net.dim, net.classes, "cpu" if device.type == "mps" else device)
+    total, sizes = math.ceil(side.n / batch / WORLD), set()
+    for start, images in tqdm(side.batches(batch), side.name, total, unit="batch", disable=QUIET):
+        sizes.add(f"{images.shape[3]} x {images.shape[2]}")
+        images = images.to(device).contiguous()     # strides would change the rounding
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # of 10 bits
+            stats.add(*net(images), start)
+    if WORLD > 1:
+        for total in (stats.sum, stats.outer, stats.p, stats.p_log_p):
+            dist.all_reduce(total)
+    sizes = set().union(*gather(sizes))
+    side.facts["pixels"] = sizes.pop() if len(sizes) == 1 else f"of {len(sizes)} sizes"
+    score = stats.inception_score() if net.kind == "inception" and side.n >= 10 else None
+    return stats.gaussian(), score
 
 
-def save_stats(path, gaussian, n, resize):
+def save_stats(path, side, gaussian, resize):
+    facts = dict(n=side.n, resize=resize, pixels=side.facts["pixels"])
     with new_file(path) as file:
-        np.savez(file, mu=gaussian[0], sigma=gaussian[1], resize=resize, **({"n": n} if n else {}))
+        np.savez(file, mu=gaussian[0], sigma=gaussian[1], **facts)
 
 
-def keep_stats(path, *stats):
-    try:
-        save_stats(path, *stats)
-    except OSError as error:        # data may lie where nobody may write
-        print(f"note: {path} cannot be kept for next time ({error})", file=sys.stderr)
+def measure_reference(side, net, args, device):
+    """(mu, sigma), kept for next time: the same detector and images have the same."""
+    sha = side.facts.get("sha256")      # samples have none
+    cache = Path(args.data_dir, f"stats2-{net.kind}-{net.resize}-{net.hash}-{sha}.npz")
+    if gather(cache.exists())[0]:
+        known = open_npz(cache)
+        side.facts.update(known.facts, cached=True)
+        return known.gaussian
+    gaussian, _ = measure(side, net, device, args.batch)
+    if sha and RANK == 0:
+        try:
+            save_stats(cache, side, gaussian, net.resize)
+        except OSError as error:        # data may lie where nobody may write
+            print(f"note: {cache} cannot be kept for next time ({error})", file=sys.stderr)
+    return gaussian
 
 
-def score_name(kind, n):
-    """FID is what 50,000 images give. It falls as their number grows, so other scores state theirs. None: not known."""
-    if kind == "tiny":
-        return "FD-tiny"
-    return "FID-?" if n is None else "FID" if n >= 50000 else f"FID-{n}" if n % 1000 else f"FID-{n // 1000}k"
+def score_name(n):
+    """FID is what 50,000 images give. It falls as their number grows: other scores state theirs."""
+    if n is None or n >= 50000:
+        return "FID" if n else "FID-?"      # statistics may not tell
+    return f"FID-{n}" if n % 1000 else f"FID-{n // 1000}k"
 
 
 def evaluate(args, device):
-    """Everything that will be reported, as a dict. Distances and files are the business of the first process."""
-    begin, first, tiny, result = time.time(), RANK == 0, args.detector == "tiny", {}
+    """Everything that will be reported, as a dict."""
+    begin, tiny, b = time.time(), args.detector == "tiny", None
     a = in_turn(lambda: open_side(args.A, args, device, args.save))
     folder = args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
-
-    def open_reference():
-        if args.B is None and not a.cfg:
-            raise UserError(f"compare {a.name} with what? B may be left out after a checkpoint only")
-        if args.B is None or a.cfg and args.B == a.cfg.dataset and not Path(args.B).exists():
-            return open_dataset(a.cfg.dataset, folder, a.facts["script"], like=a.cfg)
-        return open_side(args.B, args, device)
-
-    b = None if args.save_stats else in_turn(open_reference)
-    sides = dict(A=a) if args.save_stats else dict(A=a, B=b)
-    if tiny and not b.load:
-        raise UserError(f"--detector tiny learns from a data set, so the reference must be one, not {b.name}")
-    for side in sides.values():
-        side.hash = gather(side.hash)[0]
-    net = in_turn(lambda: load_detector(b, folder) if tiny else load_inception(args.inception, folder)).to(device)
-    if not tiny:
-        net.resize = args.resize
-    if b:
-        kind = net.kind + "-tensorflow" * (net.resize == "tensorflow")
-        cache = Path(folder) / f"stats-{kind}-{net.hash}-{b.hash}.npz"      # same detector and images, same statistics
-        b.facts["cached"] = gather(bool(b.hash) and cache.exists())[0]
-        if b.facts["cached"]:
-            target = agreed(lambda: measure(open_npz(cache), net, device, args.batch)[0] if first else None)
-        else:
-            target, _ = measure(b, net, device, args.batch)
-            agreed(lambda: keep_stats(cache, target, b.n, net.resize) if first and b.hash else None)
+    if not args.save_stats:
+        b = in_turn(lambda: open_side(args.B or a.cfg.dataset, args, device, like=a.cfg))
+    if tiny and not (b and b.load):
+        raise UserError("--detector tiny learns from a data set, which must be the reference")
+    net = in_turn(lambda: load_detector(b, folder) if tiny else
+                  load_inception(args.inception, folder, args.resize)).to(device)
+    target = measure_reference(b, net, args, device) if b else None
     gaussian, score = measure(a, net, device, args.batch)
+    result = dict(inception_score=score)
     if b:
-        fewest = a.n if b.load or not b.n or not a.n else min(a.n, b.n)     # a data set is all there is
-        value = frechet_distance(*gaussian, *target) if first else None
-        result |= dict(score=score_name(net.kind, fewest), value=value, inception_score=score)
-    else:
-        agreed(lambda: save_stats(args.B, gaussian, a.n, net.resize) if first else None)
-        result |= dict(saved=args.B, inception_score=score)
-    if tiny:        # what a perfect model would get: as many test images as A has, if there are
-        test = in_turn(lambda: b.load(False))[0]
+        counts = [a.n] if b.load else [a.n, b.n]        # a data set is all there is
+        name = score_name(None if None in counts else min(counts))
+        result["score"] = "FD-tiny" if tiny else name
+        result["value"] = frechet_distance(*gaussian, *target)
+    elif RANK == 0:
+        save_stats(args.B, a, gaussian, net.resize)
+    if tiny:        # as many test images as A has, if there are
+        test = in_turn(lambda: b.load(False)[0])
         test = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:a.n]]
-        floor, _ = measure(Side("test images", len(test), functools.partial(shares, test)), net, device, args.batch)
-        floor = frechet_distance(*floor, *target) if first else None
-        result |= dict(floor=floor, floor_n=len(test), detector_accuracy=net.accuracy)
-    for side in sides.values():
-        if first and side.n and side.n < net.dim:
-            print(f"WARNING: {side.name} has {side.n} images for {net.dim} features: too few for a covariance, so the "
-                  "score is much too high; compare it with scores of the same N only", file=sys.stderr)
-    result |= {k: dict(name=side.name, n=side.n, sha256=side.hash, **side.facts) for k, side in sides.items()}
-    return result | dict(detector=net.kind, detector_sha256=net.hash, resize=net.resize, processes=WORLD,
-                         seconds=round(time.time() - begin, 1))
+        floor, _ = measure(images_in_memory("test images", test), net, device, args.batch)
+        result |= dict(floor=frechet_distance(*floor, *target), floor_n=len(test),
+                       detector_accuracy=net.accuracy.item())
+    for key, side in dict(A=a, B=b).items():
+        result[key] = side and dict(name=side.name, n=side.n, **side.facts)
+    return result | dict(detector=net.kind, detector_sha256=net.hash, features=net.dim,
+                         resize=net.resize, processes=WORLD, seconds=round(time.time() - begin, 1))
 
 
-def describe(r):
-    """Two lines: the score, and how it came about. For the tiny detector a third."""
-    drawn = "{script} at step {step}, {weights} weights, {nfe:g} NFE, seeds {seeds[0]}-{seeds[1]}"
-    sides = [f"{k} {s['name']}, N {s['n'] or 'unknown'}" + f", sha256 {s['sha256']}" * bool(s["sha256"])
-             + (" (statistics from the cache)" if s.get("cached") else "")
-             + (", " + drawn.format(**s) if "script" in s else "")
-             + (f", {s['precision']}" if "precision" in s else "") + (f", RK45 to {s['tol']:g}" if "tol" in s else "")
-             + (f", classes in turn, guidance {s['guidance']:g}" if "guidance" in s else "")
-             for k, s in r.items() if k in ("A", "B")]
-    score = "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"]) if r["inception_score"] else ""
-    floor = ("\nfloor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model would get; the "
-             "detector's test accuracy is {detector_accuracy:.2%}").format(**r) if "floor" in r else ""
-    resize = f", resize {r['resize']}" if r["detector"] == "inception" else ""
-    head = "{score} {value:.4f}" if "score" in r else "{saved}: mean and covariance, no distance"
-    return (f"{head.format(**r)}{score}\nprotocol: {'; '.join(sides)}; "
-            f"detector {r['detector']} {r['detector_sha256']}{resize}; {r['seconds']} s{floor}")
+def report(r, path):
+    """Two lines: the score, and how it came about. For the tiny detector a third. And warnings."""
+    head = "{score} {value:.4f}".format(**r) if r["B"] else "statistics are saved"
+    if r["inception_score"]:
+        head += "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"])
+    protocol, sides = "", {key: r[key] for key in ("A", "B") if r[key]}
+    for key, side in sides.items():
+        words = [f"{name} {value}" for name, value in side.items() if name != "name"]
+        protocol += f"{key} {side['name']}, {', '.join(words)}; "
+        if side["n"] and side["n"] < r["features"]:
+            print("WARNING: {name} has {n} images, too few for a covariance: the score is much too "
+                  "high; compare it with scores of the same N only".format(**side), file=sys.stderr)
+    protocol += "detector {detector} {detector_sha256}, resize {resize}; {seconds} s".format(**r)
+    print(f"{head}\nprotocol: {protocol}", flush=True)
+    if "floor" in r:
+        print("floor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model "
+              "would get; the detector's test accuracy is {detector_accuracy:.2%}".format(**r))
+    pixels = [side["pixels"] for side in sides.values() if "pixels" in side]
+    if len(set(pixels)) > 1:
+        print(f"note: A has {pixels[0]} pixels, B {pixels[1]}: the score sees it", file=sys.stderr)
+    if path:
+        with new_file(path) as file:
+            file.write(json.dumps(r, indent=1).encode())
 
 
-# ---- 6. Command line -------------------------------------------------------------------------------------------------
+# ---- 6. Command line -----------------------------------------------------------------------------
 
 def fail(message):
-    """Ends a run for a reason that the user can fix: one line, status 2."""
-    if LOCAL_RANK > 0:
-        time.sleep(10)      # torchrun ends all with the first to go: be it rank 0, if it has the fault as well
-    print(f"fid: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    """Ends the process with one line, status 2. torchrun then ends the others."""
+    time.sleep(5 if LOCAL_RANK > 0 else 0)      # the first one says it
+    tqdm.write(f"fid: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2) if WORLD > 1 else sys.exit(2)
 
 
 def parse_command_line(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-
-    def add(*names, **kwargs):      # --data_dir is --data-dir, too
-        parser.add_argument(*dict.fromkeys([*names, *(name.replace("_", "-") for name in names)]), **kwargs)
-
-    add("A", help="folder of images, .npz, checkpoint (.pt), or data set (what exists as a folder is a folder)")
-    add("B", nargs="?", help="the reference, likewise; default: the training images of checkpoint A's data set")
-    add("--n", "--images", type=int, help="images to draw from a checkpoint (50000; 2000 with --detector tiny); "
+    add = parser.add_argument
+    add("A", help="folder of images, .npz, checkpoint (.pt), or data set")
+    add("B", nargs="?", help="the reference, likewise (the training images of checkpoint A)")
+    add("--n", "--images", type=int, help="images to draw (50000; 1000 with --detector tiny); "
         "torchrun would take --n for its own")
     add("--seed", type=int, help="image i has seed SEED + i (0)")
-    add("--nfe", type=int, help="network evaluations per image (what the checkpoint's config says)")
-    add("--guidance", type=float, help="scale of classifier-free guidance, 1: none (what the checkpoint's config says)")
     add("--weights", choices=("ema", "model"), help="ema: averaged | model: raw (ema)")
-    add("--save", metavar="DIR|FILE.npz", help="write the images drawn from checkpoint A: PNGs, or one .npz as ADM's")
-    add("--batch", "--batch_size", type=int, default=64, help="images at a time, in each process (64)")
-    add("--num_workers", type=int, help="threads that read or write image files, in each process (8, or one a core)")
-    add("--device", default="auto", help="auto | cuda | cuda:1 | cpu | mps (auto)")
-    add("--data_dir", help="data sets, Inception, caches (data_dir of checkpoint A's config, else data)")
-    add("--vae", help="VA-VAE's weights, for checkpoints of dit_latent_sc.py (what the checkpoint's config says)")
+    add("--nfe", type=int, help="network evaluations per image (the run's)")
+    add("--guidance", type=float, help="of classifier-free guidance, 1: none (the run's)")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), help="precision of drawing (the run's)")
+    add("--vae", help="VA-VAE's weights, for dit_latent_sc.py (the run's)")
+    add("--save", metavar="DIR|FILE.npz", help="keep the images drawn from A: PNGs, or ADM's .npz")
+    add("--batch", type=int, default=64, help="images at a time (64; fewer are drawn more slowly)")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
+    add("--data_dir", help="data sets, Inception, caches (checkpoint A's, else data)")
     add("--detector", choices=("inception", "tiny"), default="inception",
-        help="tiny: a small classifier trained on the reference data set; gives FD-tiny, which is not FID")
-    add("--inception", metavar="FILE", help="Inception weights, instead of those in --data_dir or a download")
-    add("--resize", choices=("torch", "tensorflow"), help="before Inception. torch: pytorch-fid's | tensorflow: "
-        "that of torch-fidelity and ADM's evaluator (torch)")
-    add("--dims", type=int, choices=(2048,), help="pytorch-fid's: its other, narrower features are not here (2048)")
-    add("--save_stats", action="store_true", help="B is a new .npz for mean and covariance of A, for us and for "
-        "pytorch-fid; no distance is computed")
+        help="tiny: a small classifier, trained on the reference; gives FD-tiny, which is not FID")
+    add("--inception", metavar="FILE", help="its weights (in --data_dir, else downloaded)")
+    add("--resize", choices=("torch", "tensorflow"), default="torch",
+        help="before Inception, as pytorch-fid | as torch-fidelity and ADM's evaluator")
+    add("--save_stats", "--save-stats", action="store_true",
+        help="write mean and covariance of A to B, a new .npz; no distance is computed")
     add("--json", metavar="FILE", help="write the result and its protocol")
     args = parser.parse_args(argv)
-    tiny, drawn = args.detector == "tiny", any(str(word).endswith(".pt") for word in (args.A, args.B))
-    defaults = dict(n=2000 if tiny else 50000, seed=0, nfe=None, guidance=None, vae=None, weights="ema")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        elif not drawn:
+    drawn = args.A.endswith(".pt") or str(args.B).endswith(".pt")
+    for name in ("n", "seed", "weights", "nfe", "guidance", "amp", "vae", "save"):
+        if getattr(args, name) is not None and not drawn:
             fail(f"--{name} does nothing without a checkpoint")
-    if args.num_workers is None:
-        args.num_workers = min(8, os.cpu_count() or 1)
-    for name, low in dict(n=2, seed=0, batch=1, num_workers=0).items():
-        if getattr(args, name) < low:
-            fail(f"--{name} {getattr(args, name)}: must be at least {low}")
-    args.num_workers = max(args.num_workers, 1)         # pytorch-fid's 0: no process but this one
-    for name in ("inception", "resize", "save_stats"):
-        if tiny and getattr(args, name):
-            fail(f"--{name} does nothing with --detector tiny")
-    args.resize = args.resize or "torch"
-    if args.save_stats:
-        if not str(args.B).endswith(".npz"):
-            fail(f"--save_stats {args.A} {args.B or ''}: name a new file, ending in .npz, behind {args.A}")
-        if Path(args.B).exists():
-            fail(f"--save_stats: {args.B} exists already")
-    if args.save:
-        path = Path(args.save)
-        if not args.A.endswith(".pt"):
-            fail("--save does nothing unless A is a checkpoint")
-        if path.exists() and (path.suffix == ".npz" or not path.is_dir() or any(path.iterdir())):
-            fail(f"--save {path}: exists already" + " and is not empty" * path.is_dir())
-    for path in (args.save, args.save_stats and args.B, args.json):     # told now, not after hours
-        if path and not Path(path).absolute().parent.is_dir():
-            fail(f"{path}: no such folder to write in")
+    if args.save_stats and (not str(args.B).endswith(".npz") or Path(args.B).exists()):
+        fail(f"--save_stats {args.A} {args.B}: the second must be a new file, ending in .npz")
+    if not args.B and not args.A.endswith(".pt"):
+        fail(f"compare {args.A} with what? B may be left out after a checkpoint only")
+    if args.save and Path(args.save).exists():
+        fail(f"--save {args.save}: exists already")
+    args.n = args.n or (1000 if args.detector == "tiny" else 50000)
+    args.seed, args.weights = args.seed or 0, args.weights or "ema"
     return args
 
 
 def start(word):
     """The device of this process. Joins the other processes, if torchrun started several."""
-    kind, _, index = word.partition(":")
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"(auto|cpu|mps|cuda(:\d+)?)", word):
-        raise UserError(f"--device {word}: must be auto, cuda, cuda:0, cuda:1, ..., cpu, or mps")
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise UserError(f"--device {word}: this machine has none; use --device cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if index and WORLD > 1:
-        raise UserError(f"--device {word}: each process has its own; use --device {kind}")
-    if kind != "cpu" and max(here, int(index or 0) + 1) > getattr(torch, kind).device_count():
-        raise UserError(f"--device {word}: this machine has {getattr(torch, kind).device_count()} for {here} processes")
-    device = torch.device(kind, int(index or LOCAL_RANK)) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo",
-                                timeout=datetime.timedelta(hours=6))        # the first may train, download or decode
-    return device
+    if word == "auto":
+        mps = torch.backends.mps.is_available()
+        word = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if word != "cpu" and LOCAL_RANK >= getattr(torch, word).device_count():
+        raise UserError(f"--device {word}: this machine has none for process {LOCAL_RANK + 1}")
+    if WORLD > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {WORLD} without torchrun's other variables: use torchrun")
+    if word == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD > 1:       # the others may wait for hours until the first has decoded ImageNet
+        backend = "nccl" if word == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    return torch.device(word, LOCAL_RANK) if word == "cuda" else torch.device(word)
 
 
 def main(argv=None):
     args = parse_command_line(argv)
-
-    def report(result):
-        if args.json:
-            with new_file(args.json) as file:
-                file.write(json.dumps(result, indent=1).encode())
-        print(describe(result), flush=True)
-
     try:
         result = evaluate(args, start(args.device))
-        agreed(lambda: report(result) if RANK == 0 else None)
-    except (UserError, OSError, *(sys.modules[s].UserError for s in SCRIPTS if s in sys.modules)) as error:
+        if RANK == 0:
+            report(result, args.json)
+    except (OSError, ValueError) as error:      # each script has a UserError of its own
+        if type(error).__name__ != "UserError" and not isinstance(error, OSError):
+            raise
         fail(error)
-    except KeyboardInterrupt:
-        print("fid: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized() and not sys.exc_info()[0]:     # NCCL would wait for the others, and hide the error
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SystemExit as end:
-        if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
-            sys.stdout.flush()
-            os._exit(end.code or 0)
-        raise
+    main()
+    sys.stdout.flush()
+    if WORLD > 1:       # gloo's threads outlive its group, and may abort Python at its end
+        os._exit(0)

@@ -1,383 +1,113 @@
-"""DDAE++ with rectified flow and UNets in pixel space, in one file: data, network, training, sampling, features.
+"""DDAE++ with rectified flow and UNets in pixel space, in one file: network, loss, training, data.
 
-Paper     DDAE++ (arXiv 2505.10999): Sec. 4.1 and Fig. 1(a) self-conditioning, Tables 2, 7a results, Tables 8-11.
-Idea      A diffusion model learns features that classify well. Hand one of them back to the layers that decode. Here f
-          is the best layer's map, averaged over positions; e, which conditions all blocks, becomes e + s(t) * W f after
-          it, W a linear layer, s(t) a vector, learned from the same time input as e. [SC] marks the lines.
-Cost      460,288 parameters (1.3 % of ddpm, 0.8 % of ddpmpp), 1 to 2 % of a step
-Maths     x_t = (1 - t) x_0 + t eps                       Eq. (1) with alpha = 1 - t, sigma = t; t in [0, 1], 0 = data
-          loss = || v_theta(x_t, t) - (eps - x_0) ||^2    the velocity dx_t / dt
-          sample = RK45 on dx / dt = v_theta(x, t)        140-160 network evaluations, as many as an image needs
-Careful   This self-conditioning hands the network its own *features*. The method of the same name in Analog Bits
-          (Chen et al. 2022) hands it its previous estimate of x_0: something else.
-
-Run       python rf_sc.py                                                 # glyphs: two CPU cores, 5 minutes
-          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100         # the paper's setting, 35.7M parameters
-          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100 --self_cond none        # its baseline
-          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # with all of Sec. 4.2
-          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100 --backbone ddpmpp       # 56.5M parameters
-          python rf_sc.py --sample runs/.../last.pt --n 80                # a grid of images
-Expect    Table 2 (2000 epochs, 4 GPUs), FID and accuracy, baseline in brackets:
+Paper     DDAE++ (arXiv 2505.10999v1): Sec. 4.1, Fig. 1(a); Tables 2, 7a, settings in Tables 8-11.
+Idea      A diffusion model learns features that classify well. Hand one back to the layers that
+          decode: f is the best layer's map, averaged over positions; e, which conditions all
+          blocks, becomes e + s(t) W f after it, s(t) a learned vector. [SC] marks the lines.
+Cost      460,288 parameters (1.3 % of ddpm, 0.8 % of ddpmpp), 1 to 2 % of a step.
+Maths     x_t = (1 - t) x_0 + t eps             Eq. (1), alpha = 1 - t, sigma = t; t in [0, 1]
+          loss = || v_theta(x_t, t) - (eps - x_0) ||^2      the velocity dx_t / dt
+          sample = RK45 on dx / dt = v          140-160 network evaluations, as an image needs
+Careful   Self-conditioning hands the network its own *features*. The method of that name in Analog
+          Bits (Chen et al. 2022) hands it its previous estimate of x_0: something else.
+Run       python rf_sc.py                                                  # glyphs: a first run
+          torchrun --nproc_per_node=4 rf_sc.py --dataset cifar100          # the paper's setting
+          torchrun ... rf_sc.py --dataset cifar100 --self_cond none        # its baseline
+          torchrun ... rf_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # all of Sec. 4.2
+          torchrun ... rf_sc.py --dataset cifar100 --backbone ddpmpp       # 56.5M parameters
+          python rf_sc.py --sample runs/.../last.pt --n 80                 # a grid of images
+Expect    Table 2 (2000 epochs), FID and accuracy (baseline in brackets):
           CIFAR-10  ddpm 3.67, 90.91 % (3.89, 90.67 %); ddpmpp 2.42, 93.72 % (2.54, 93.97 %)
           CIFAR-100 ddpm 6.25, 62.83 % (6.49, 60.84 %); ddpmpp 4.29, 68.49 % (4.07, 67.46 %)
-          README.md: what two CPU cores reach.
 """
-import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, gzip
-import hashlib, http.client, inspect, json, math, os, re, signal, sys, tarfile, time, urllib.request, zipfile, zlib
+import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
+import hashlib, http.client, inspect, json, math, os, re, signal, sys, tarfile, time
+import urllib.request, zipfile, zlib
 from pathlib import Path
 
+# Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
-# ---- 1. Configuration: Tables 8-11 as data ---------------------------------------------------------------------------
+# ---- 1. Settings: Tables 8 to 11 as data ---------------------------------------------------------
 
 @dataclasses.dataclass
 class Config:
     """Every field is a command-line flag and its comment the help text."""
-    dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, tiny_imagenet, folder, ...
-    data_dir: str = "data"       # downloads go here; files and folders of class folders found here are used
-    size: int = 0                # pixels a side; 0: the data set's own, 64 for folders (fashion_mnist also takes 16)
-    skip_bad: bool = False       # skip image files that cannot be decoded, instead of stopping at the first
-    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-sSEED, with what else was chosen
-    init: str = ""               # start from these weights: an official state_dict, or a checkpoint's averaged ones
-    seed: int = 0                # all randomness of a step is a function of (seed, step)
+    dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, folder, ...
+    data_dir: str = "data"       # downloads go here; files and class folders found here are used
+    size: int = 0                # pixels a side; 0: the data set's own, for folders 64
+    out: str = ""                # run folder; default: runs/SCRIPT-DATASET-SELFCOND-...-sSEED
+    init: str = ""               # start from these weights: official, or a checkpoint's ema
+    seed: int = 0                # all that is random in a step is a function of (seed, step)
     # network
-    backbone: str = "ddpm"       # a name in Backbone.sizes (Table 9)
-    dropout: float = 0.1         # where the public implementations have it (Table 8); U-ViT has none
-    self_cond: str = "adaptive"  # adaptive: e + s(t) W f | add: e + W f (Table 7a) | cls: a token (Fig. 2a) | none
-    layer: str = "out_7"         # UNet, DiT: its features condition what follows; all: probed, contrasted (Table 10)
-    t_probe: float = 0.06        # best time for the linear probe (Table 10)
+    backbone: str = "ddpm"       # one of Network.sizes (Table 9)
+    dropout: float = 0.1         # as in the public implementations (Table 8)
+    self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
+    layer: str = "out_7"         # of f, which conditions what follows (Table 10)
+    t_probe: float = 0.06        # best time for linear probing, and the teacher's (Table 10)
     # optimisation
-    epochs: int = 2000           # passes over the training images (Table 11)
-    steps: int = 0               # if > 0: stop after so many optimizer steps, whatever epochs says
-    batch: int = 512             # images per optimizer step, over all processes (Table 11)
-    accum: int = 1               # forward passes into which each process divides its share of the batch
+    epochs: float = 2000         # passes over the training images (Table 11)
+    steps: int = 0               # if > 0: optimizer steps, whatever epochs says
+    batch: int = 512             # images per optimizer step, of all processes (Table 11)
+    accum: int = 1               # forward passes for each process's share of the batch
     lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
     warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
-    beta1: float = 0.9           # of AdamW: 0.99 in the official U-ViT configuration, 0.9 elsewhere
-    beta2: float = 0.999         # of AdamW: 0.95 in LightningDiT, 0.999 elsewhere
-    weight_decay: float = 0.0    # of AdamW, but none on biases and positions (Appendix A); with 0, AdamW is Adam
+    lr_decay: float = 0.0        # share of the run, at its end, in which the rate falls to 0
+    beta1: float = 0.9           # of AdamW
+    beta2: float = 0.999         # of AdamW
+    weight_decay: float = 0.0    # of AdamW, none on biases and positions (Appendix A)
+    clip: float = 1.0            # largest norm of the gradient; 0: any
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
-    ema_ramp: bool = True        # average over fewer steps at first, as DDAE does; LightningDiT does not
-    flip: bool = True            # mirror half of the images (Table 11); if not, the augmentation mirrors none either
+    ema_ramp: bool = True        # average over fewer steps at first (see update_ema)
+    flip: bool = True            # mirror half of the images (Table 11)
     # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of each non-leaky transformation (EDM's is 0.12); latents: shifted crop
+    aug: float = 0.0             # probability of each transformation (EDM: 0.12)
     cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
-    cl_head: str = "time"        # projector of features: time: knows the time | plain: as in MoCo v3 (Table 7b)
-    cl_target: str = "probe"     # noise of the teacher's images: probe: as at t_probe | min: the least (Table 7c)
+    cl_head: str = "time"        # projector is told the time | plain, as MoCo v3 (Table 7b)
+    cl_target: str = "probe"     # teacher's time: t_probe | min, t = 0 (Table 7c)
     cl_hidden: int = 4096        # hidden units of projector and predictor
     # sampling
-    nfe: int = 0                 # network evaluations per image (Table 8); RF: 0 for adaptive RK45, else Euler's
-    tol: float = 1e-5            # relative and absolute tolerance of RK45 (SciPy's and torchdiffeq's usual 1e-5)
+    nfe: int = 0                 # network evaluations per image (Table 8); 0: RK45
+    tol: float = 1e-5            # relative and absolute tolerance of RK45
     # machine
     device: str = "auto"         # auto | cuda | cpu | mps
-    amp: str = "auto"            # auto: bf16, else fp16, on CUDA and float32 elsewhere | off | bf16 | fp16
+    amp: str = "auto"            # auto: bf16, else fp16, on CUDA | off: float32 | bf16 | fp16
     compile: bool = False        # torch.compile the network
-    save_every: int = 200        # epochs between ckpt_EPOCH.pt; last.pt is also renewed every ten minutes
-    sample_every: int = 50       # epochs between samples_EPOCH.png
+    save_every: int = 200        # epochs between ckpt_EPOCH.pt; 0: never
+    sample_every: int = 50       # epochs between samples_EPOCH.png, 0: never
 
 
-TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.5, layer="out_2",
-                 cl_hidden=512)
-RECIPES = {  # fields of Config by data set; under the name of a backbone, those that differ with it
-    "glyphs": dict(TINY_UNET, epochs=4, flip=False, save_every=1, sample_every=4),
+TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.1, lr_decay=0.5,
+                 layer="out_2", cl_hidden=512)
+RECIPES = {  # fields of Config by data set; under a backbone's name those that differ with it
+    "glyphs": dict(TINY_UNET, epochs=2.5, flip=False, save_every=1, sample_every=1),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_8")),
     "cifar100": dict(ddpmpp=dict(batch=256, layer="out_8")),
-    # 64 x 64: Table 10 lists EDM with ddpm: its layer, and the t of its noise-to-data ratio, 0.2964 / 1.2964.
+    # 64 x 64: Table 10 has EDM with ddpm: its layer, and its noise-to-data ratio as t.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(layer="out_5", t_probe=0.2286, ddpmpp=dict(batch=256))),
 }
 DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
-    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100),
-    "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100), "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
+    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
-# ---- 2. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory  [same text in the pixel scripts] -----------
-
-# Strokes of the ten digits, as on a seven-segment display: "10 78" is a line from x = 1, y = 0 to x = 7, y = 8 (down).
-DIGITS = [
-    ["10 70 78 18 10"], ["70 78"], ["10 70 74 14 18 78"], ["10 70 78 18", "14 74"], ["10 14 74", "70 78"],
-    ["70 10 14 74 78 18"], ["70 10 18 78 74 14"], ["10 70 78"], ["10 70 78 18 10", "14 74"], ["74 14 10 70 78 18"],
-]
-
-
-def draw_glyphs(n, seed):
-    """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The same bytes everywhere:
-    RandomState's streams are frozen, and + - * / sqrt are exact in IEEE 754; hence no sin, exp, BLAS or font. Half of
-    the digits are lighter than the grey ground and half darker, so the mean of a pixel says little about the class."""
-    rng, labels = np.random.RandomState(seed), np.arange(n) % 10
-    uniform = lambda low, high, size=1: (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
-    grid = np.arange(-7.5, 8, dtype=np.float32)
-    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))             # pixel centres
-    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                         # to digit axes (n, 256): shift,
-    u = uniform(-0.14, 0.14)                                                        # rotate by 2 atan(u), +-0.28 rad,
-    x, y = ((1 - u * u) * x + 2 * u * y) / (1 + u * u), ((1 - u * u) * y - 2 * u * x) / (1 + u * u)
-    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                     # shear and scale
-    y = y / uniform(1.1, 1.35) + 4
-    distance = np.full((n, 256), 99, np.float32)                                    # to the nearest stroke
-    for digit, stroke in ((digit, stroke) for digit, strokes in enumerate(DIGITS) for stroke in strokes):
-        points = [np.array([int(p[0]), int(p[1])], np.float32) for p in stroke.split()]
-        for (ax, ay), (bx, by) in zip(points, points[1:]):
-            px, py, dx, dy = x[digit::10] - ax, y[digit::10] - ay, bx - ax, by - ay
-            along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-            off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
-            distance[digit::10] = np.minimum(distance[digit::10], off)
-    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                      # (n, 1, 256), one pixel of blur
-    front = np.where(uniform(0, 1) < 0.5, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)     # a tint
-    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                              # (n, 3)
-    back = back[..., None] + (uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0)[:, None]   # a gradient
-    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255) + rng.randint(-2, 3, (n, 3, 256))
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
-
-
-CIFAR = "https://www.cs.toronto.edu/~kriz/"
-CIFAR10_MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
-FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
-DOWNLOADS = {  # file: MD5 of the published file, then the folders that serve it, in order of trial
-    "cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", CIFAR, CIFAR10_MIRROR),
-    "cifar-100-binary.tar.gz": ("03b5dce01913d631647c71ecec9e9cb8", CIFAR),
-    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", FASHION),
-    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
-    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
-    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
-    "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
-}
-MOST = 2**28    # no file here has more bytes, packed or unpacked: reading stops there even if the data go on
-IMAGENET100 = """
-n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229
-n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583
-n02104029 n02105505 n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045
-n02138441 n02172182 n02231487 n02259212 n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443
-n02869837 n02877765 n02974003 n03017168 n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278
-n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032 n03794056 n03837869
-n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
-n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275
-n07831146 n07836838 n13037406 n13040303
-""".split()      # the classes of CMC (Tian et al. 2020)
-
-
-class UserError(ValueError):
-    """What the user can fix. The command line prints it as one line and ends with status 2."""
-
-
-def fetch(name, folder):
-    """Path of a file of DOWNLOADS: the one in `folder`, or a download. A download gets its name only when complete and
-    of the right hash: later runs can trust what they find. A file put there by hand may differ, and we say so."""
-    md5, *mirrors = DOWNLOADS[name]
-    path, faults = Path(folder) / name, []
-    if path.exists():
-        if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            print(f"note: {path} is used, but it is not the published file (MD5 {md5})", file=sys.stderr)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{name}.{os.uname().nodename}.{os.getpid()}.part")
-    for url in (mirror + name for mirror in mirrors):
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-                with tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None) as stream:
-                    while file.tell() <= MOST and (chunk := stream.read(2**20)):
-                        file.write(chunk)
-            found = hashlib.md5(part.read_bytes()).hexdigest()
-            if found != md5:
-                raise OSError(f"{part.stat().st_size} bytes came, with MD5 {found}")
-            os.replace(part, path)
-            return path
-        except (OSError, http.client.HTTPException) as error:
-            faults.append(f"{url}: {error}")
-        finally:
-            part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} into {folder}, "
-                    "or name the folder that holds it with --data_dir")
-
-
-def read_cifar(cfg, train):
-    """The binary archives, no pickle: records of one label byte (CIFAR-100: coarse, fine) and 3 x 32 x 32 pixels."""
-    if cfg.dataset == "cifar10":
-        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin/", 1
-        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    else:
-        archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
-        files = ["train.bin" if train else "test.bin"]
-    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:     # read, never extracted: paths in it do no harm
-        data = b"".join(tar.extractfile(folder + name).read(MOST) for name in files)
-    records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
-    return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
-
-
-def read_fashion_mnist(cfg, train):
-    """IDX files: big-endian sizes, then bytes. From data_dir, else Debian's dataset-fashion-mnist, else a download."""
-    arrays = []
-    for kind, dims in ("images", 3), ("labels", 1):
-        name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
-        debian = Path("/usr/share/datasets/fashion-mnist") / name
-        here = debian.exists() and not (Path(cfg.data_dir) / name).exists()
-        with gzip.open(debian if here else fetch(name, cfg.data_dir)) as file:
-            data = file.read(MOST)
-        magic, *shape = np.frombuffer(data[:4 + 4 * dims], ">i4")
-        if magic != 0x800 + dims:                               # 0x08: unsigned bytes
-            raise ValueError(f"{name} begins with {magic:#x}")
-        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
-    images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]               # 28 x 28 in the middle of 32 x 32
-    if cfg.size == 16:
-        images = (images.reshape(-1, 1, 16, 2, 16, 2).sum(axis=(3, 5)) + 2) // 4
-    return images.astype(np.uint8), arrays[1]
-
-
-def read_tiny_imagenet(cfg, train):
-    """The published zip, read in place. A text file lists the classes of the test (val) images."""
-    with zipfile.ZipFile(fetch("tiny-imagenet-200.zip", cfg.data_dir)) as archive:
-        top, names = "tiny-imagenet-200/", sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
-        names = [name for name in names if name.startswith(f"{top}train/")]
-        folders = [name.split("/")[2] for name in names]
-        classes = {folder: label for label, folder in enumerate(sorted(set(folders)))}
-        if not train:
-            lines = archive.open(f"{top}val/val_annotations.txt").read(MOST).decode().splitlines()
-            names, folders = zip(*(line.split("\t")[:2] for line in lines))
-            names = [f"{top}val/images/{name}" for name in names]
-        labels = [classes[folder] for folder in folders]
-        return decode_once(cfg, train, names, labels, [archive.getinfo(name).CRC for name in names], archive.open)
-
-
-def list_folders(cfg, train):
-    """Folders of class folders, sorted: train/ and val/ (or test/) in DATA_DIR/DATASET, or else in DATA_DIR. With
-    --dataset folder, the class folders may also lie there without train/. Returns the root, and of each image its path
-    from there, its label and a stamp that changes with the file."""
-    root = Path(cfg.data_dir, cfg.dataset) if Path(cfg.data_dir, cfg.dataset).is_dir() else Path(cfg.data_dir)
-    home = root / "train" if cfg.dataset != "folder" or (root / "train").is_dir() else root
-    tests = root / "val", root / "test"
-    split = home if train else next(filter(Path.is_dir, tests), tests[0])
-    if not home.is_dir() or not split.is_dir():
-        raise UserError(f"--data_dir {cfg.data_dir}: there is no folder {split if home.is_dir() else home}; "
-                        f"--dataset {cfg.dataset} reads train/CLASS/*.jpg and val/CLASS/*.jpg there")
-    classes = sorted(f.name for f in home.iterdir() if f.is_dir() and f not in tests and not f.name.startswith("."))
-    if cfg.dataset == "imagenet100":
-        classes = [name for name in classes if name in IMAGENET100]
-    kinds = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-    files = []
-
-    def stop(error):        # a folder that cannot be read is not passed over; one that is not there has no images
-        if not isinstance(error, FileNotFoundError):
-            raise error
-    for label, name in enumerate(classes):      # strings, as a million Paths take a minute
-        found = [os.path.join(folder, file) for folder, _, here in os.walk(split / name, onerror=stop) for file in here
-                 if file.lower().endswith(kinds) and not file.startswith(".")]
-        for path in filter(os.path.isfile, sorted(found, key=lambda path: path.split(os.sep))):
-            files.append((os.path.relpath(path, root), label, os.stat(path)))
-    if len(classes) < (DATASETS[cfg.dataset][2] or 1) or not files:
-        raise UserError(f"--data_dir {cfg.data_dir}: {len(classes)} class folders in {home} and {len(files)} images of "
-                        f"them in {split}; --dataset {cfg.dataset} needs {DATASETS[cfg.dataset][2] or 1} or more")
-    names, labels, stats = zip(*files)
-    return root, names, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-
-def read_folders(cfg, train):
-    root, *listing = list_folders(cfg, train)
-    return decode_once(cfg, train, *listing, lambda name: open(root / name, "rb"))
-
-
-def centre_crop(image, size):
-    """RGB pixels (3, size, size), cropped as by ADM (Dhariwal & Nichol 2021): halved by box filters while twice too
-    large, then resized by a bicubic one until the shorter side fits; the middle is kept."""
-    if image.mode.startswith("I"):      # 16 bits: convert() would clip them to white
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize([side // 2 for side in image.size], Image.BOX)
-    scale = size / min(image.size)
-    image = np.asarray(image.resize([round(side * scale) for side in image.size], Image.BICUBIC))
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[top:top + size, left:left + size].transpose(2, 0, 1)
-
-
-def decode_once(cfg, train, names, labels, stamps, open_file):
-    """Images (N, 3, S, S), mapped from one file in data_dir, and labels (N,). The first run decodes, in parallel, and
-    writes the file: all images, then all labels as uint16. Its name has a hash of the names and stamps of the files."""
-    key = hashlib.sha256(repr((list(names), list(labels), stamps, cfg.skip_bad)).encode()).hexdigest()[:12]
-    path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{'train' if train else 'test'}-{key}.u8")
-
-    def decode(name):
-        try:
-            with open_file(name) as file, Image.open(file) as image:
-                return centre_crop(image, cfg.size).tobytes()
-        except Exception as error:      # Pillow fails in many ways on damaged images
-            return error
-
-    if not path.exists():
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"--data_dir {cfg.data_dir} is read-only, and {path.name} must be written there; "
-                            f"link to it, ln -s {path.parent.resolve()} data/{cfg.dataset}, and give --data_dir data")
-        part, kept, bad = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part"), [], []
-        try:
-            with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", unit="256", disable=None):
-                    some = slice(i, i + 256)
-                    for name, label, pixels in zip(names[some], labels[some], pool.map(decode, names[some])):
-                        if isinstance(pixels, bytes):
-                            file.write(pixels)
-                            kept.append(label)
-                            continue
-                        bad.append(name)
-                        if not cfg.skip_bad:
-                            raise UserError(f"{name} in --data_dir {cfg.data_dir} cannot be decoded ({pixels}); "
-                                            "remove it, or give --skip_bad")
-                file.write(np.array(kept, np.uint16).tobytes())
-            if not kept:
-                raise UserError(f"--data_dir {cfg.data_dir}: none of {len(names)} images can be decoded")
-            if bad:
-                print(f"note: {len(bad)} of {len(names)} images cannot be decoded and are skipped, {bad[0]} first",
-                      file=sys.stderr)
-            if not path.exists():       # else another machine was faster, and maps its file already
-                os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    shape = (path.stat().st_size // (3 * cfg.size ** 2 + 2), 3, cfg.size, cfg.size)
-    labels = np.fromfile(path, np.uint16, offset=math.prod(shape))
-    return np.memmap(path, np.uint8, "c", shape=shape), labels      # "c": changes stay in memory
-
-
-def load_data(cfg, train):
-    """The training or test images of cfg.dataset, uint8 (N, C, H, W), and labels, int64 (N,), as CPU tensors."""
-    (C, _, classes), S = DATASETS[cfg.dataset], cfg.size
-    downloaded = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
-                      tiny_imagenet=read_tiny_imagenet)
-    try:
-        if cfg.dataset == "glyphs":
-            images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
-        else:
-            images, labels = downloaded.get(cfg.dataset, read_folders)(cfg, train)
-        if images.shape != (len(labels), C, S, S) or not 0 <= max(labels) < (classes or 2**16):
-            raise ValueError(f"shape {images.shape}, labels up to {max(labels)}")
-    except UserError:
-        raise
-    except (OSError, EOFError, LookupError, AttributeError, ValueError, RecursionError, tarfile.TarError,
-            zipfile.BadZipFile, zlib.error) as error:
-        remedy = "; delete what is damaged, and the next run downloads it" if cfg.dataset in downloaded else ""
-        error = " ".join(str(error).split())
-        raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({error}){remedy}")
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
-
-
-def to_float(images):   # uint8 -> float32 in [-1, 1]
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(x):        # and back: rounded to the nearest, clipped
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-# ---- 3. Backbone: the UNets of DDAE (Table 9) with the public parameter names  [same text in the UNet scripts] -------
+# ---- 2. The network: the UNets of DDAE (Table 9) with the public parameter names -----------------
 
 class TimeEmbedding(nn.Module):
-    """Noise input c (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E). Labels of the
-    augmentation (B, 9) are projected and added to the sinusoids; without a bias, None is the same as zeros."""
+    """c_noise (B,) -> sinusoids (B, width), sines first -> linear, SiLU, linear -> (B, E). Labels
+    `aug` (B, 9) are projected and added to the sinusoids: no bias, so that zeros change nothing."""
 
     def __init__(self, width, E, aug=False):
         super().__init__()
@@ -387,11 +117,12 @@ class TimeEmbedding(nn.Module):
         self.lin1 = nn.Linear(width, E)
         self.lin2 = nn.Linear(E, E)
 
-    def forward(self, c, aug=None):
-        powers = torch.arange(self.frequencies, device=c.device) / (self.frequencies - 1)
-        angles = c.float()[:, None] * torch.exp(-math.log(10000) * powers)          # frequencies from 1 to 1/10000
+    def forward(self, c_noise, aug=None):
+        powers = torch.arange(self.frequencies, device=c_noise.device) / (self.frequencies - 1)
+        angles = c_noise.float()[:, None] * torch.exp(-math.log(10000) * powers)    # 1 to 1/10000
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-        waves = waves if aug is None else waves + self.aug_emb(aug)
+        if aug is not None and hasattr(self, "aug_emb"):
+            waves = waves + self.aug_emb(aug)
         return self.lin2(F.silu(self.lin1(waves)))
 
 
@@ -400,7 +131,8 @@ def group_norm(C):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, + conditioning e, norm, SiLU, dropout, conv; + the input. `resize` makes it a BigGAN block."""
+    """norm, SiLU, conv, + conditioning e, norm, SiLU, dropout, conv; + the input. With `resize`
+    between the first SiLU and convolution it is a BigGAN block."""
 
     def __init__(self, C_in, C_out, E, dropout, resize=nn.Identity()):
         super().__init__()
@@ -414,13 +146,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x, e):
         h = self.conv1(self.resize(F.silu(self.norm1(x))))
-        h = h + self.time_emb(e)[:, :, None, None]                                  # a shift of channels, no scale
+        h = h + self.time_emb(e)[:, :, None, None]              # a shift of channels, no scale
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(self.resize(x)) + h
 
 
 class SpatialAttention(nn.Module):
-    """Attention between the positions of a feature map, one head as wide as the map has channels; + the input."""
+    """Attention between positions of a map, one head as wide as it has channels; + the input."""
 
     def __init__(self, C):
         super().__init__()
@@ -436,7 +168,8 @@ class SpatialAttention(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual block, and attention where the map has the right size: what the outputs out_1, out_2, ... are of."""
+    """A residual block, and attention where the map has the right size. Those on the way up are
+    the layers out_1, out_2, ... of Table 10."""
 
     def __init__(self, C_in, C_out, E, dropout, attention):
         super().__init__()
@@ -448,13 +181,14 @@ class UNetBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the resolution: by a convolution (ddpm) or by a residual block as in BigGAN (ddpmpp)."""
+    """Half or twice the resolution: by a convolution (ddpm) or a residual block (ddpmpp)."""
 
     def __init__(self, C, E, dropout, up, biggan):
         super().__init__()
         self.biggan = biggan
         if biggan:
-            self.op = ResBlock(C, C, E, dropout, nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
+            resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+            self.op = ResBlock(C, C, E, dropout, resize)
         else:
             self.resize = nn.Upsample(scale_factor=2) if up else nn.Identity()
             self.conv = nn.Conv2d(C, C, 3, stride=1 if up else 2, padding=1)
@@ -464,9 +198,9 @@ class Resample(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down through the levels, a middle, up again with skip connections. The decoder is conditioned on its features."""
-    sizes = {  # base width, multiple of it at each level, blocks per level, BigGAN resampling, side of attention maps
-        "unet_tiny": (32, (1, 2, 4), 1, False, 8),
+    """Down through the levels, a middle, up again with skips; the decoder reads its own feature."""
+    sizes = {  # base width, multiples of it by level, blocks per level, BigGAN, side of attention
+        "unet_tiny": (32, (1, 2, 2), 1, False, 8),
         "ddpm": (128, (1, 2, 2, 2), 2, False, 16),
         "ddpmpp": (128, (2, 2, 2), 4, True, 16),
     }
@@ -474,73 +208,57 @@ class UNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         base, multiples, depth, biggan, attention = self.sizes[cfg.backbone]
-        C, side, E, p = DATASETS[cfg.dataset][0], cfg.size, 4 * base, cfg.dropout
+        C, side, E = DATASETS[cfg.dataset][0], cfg.size, 4 * base
         sides = [side >> level for level in range(len(multiples))]
-        attention = min(sides, key=lambda s: abs(s - attention))        # at other sizes than the paper's, the nearest
+        attention = min(sides, key=lambda s: abs(s - attention))    # other image sizes: the nearest
         self.image_proj = nn.Conv2d(C, base, 3, padding=1)
         self.time_emb = TimeEmbedding(base, E, cfg.aug > 0)
         self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
-        width, skips = base, [base]                                                 # channels now, and of the skips
+        width, skips = base, [base]                             # channels now, and of the skips
         for level, multiple in enumerate(multiples):
             if level:
-                self.down.append(Resample(width, E, p, up=False, biggan=biggan))
+                self.down.append(Resample(width, E, cfg.dropout, up=False, biggan=biggan))
                 skips.append(width)
                 side //= 2
             for _ in range(depth):
-                self.down.append(UNetBlock(width, base * multiple, E, p, side == attention))
-                width = base * multiple
+                C_out = base * multiple
+                self.down.append(UNetBlock(width, C_out, E, cfg.dropout, side == attention))
+                width = C_out
                 skips.append(width)
-        self.middle.res1 = ResBlock(width, width, E, p)
+        self.middle.res1 = ResBlock(width, width, E, cfg.dropout)
         self.middle.attn = SpatialAttention(width)
-        self.middle.res2 = ResBlock(width, width, E, p)
-        widths = []                                                                 # of out_1, out_2, ...
+        self.middle.res2 = ResBlock(width, width, E, cfg.dropout)
+        widths = []                                             # of out_1, out_2, ...
         for level, multiple in reversed(list(enumerate(multiples))):
             for _ in range(depth + 1):
-                self.up.append(UNetBlock(width + skips.pop(), base * multiple, E, p, side == attention))
-                width = base * multiple
+                C_in, C_out = width + skips.pop(), base * multiple
+                self.up.append(UNetBlock(C_in, C_out, E, cfg.dropout, side == attention))
+                width = C_out
                 widths.append(width)
             if level:
-                self.up.append(Resample(width, E, p, up=True, biggan=biggan))
+                self.up.append(Resample(width, E, cfg.dropout, up=True, biggan=biggan))
                 side *= 2
+        self.blocks = [block for block in self.up if isinstance(block, UNetBlock)]  # out_1, ...
         self.norm = nn.GroupNorm(8, width)
         self.final = nn.Conv2d(width, C, 3, padding=1)
-        self.tap, self.D, self.E = cfg.layer, widths[int(cfg.layer[4:]) - 1], E     # layer to contrast; widths of f, e
-        self.sc_layer = int(cfg.layer[4:]) if cfg.self_cond != "none" else None     # [SC] k of out_k, Table 10
-        if self.sc_layer:                                                           # [SC]
-            self.sc_proj = nn.Linear(self.D, E)                                     # [SC] W
-        self.sc_time = TimeEmbedding(base, E) if cfg.self_cond == "adaptive" else None    # [SC] s(t)
-        self.to(memory_format=torch.channels_last)      # the layout that convolutions like best
+        self.f_name, self.f_layer = cfg.layer, int(cfg.layer.removeprefix("out_"))      # Table 10
+        self.D, self.E = widths[self.f_layer - 1], E            # widths of f and e
+        self.sc_proj = self.sc_time = None
+        if cfg.self_cond != "none":                             # [SC]
+            self.sc_proj = nn.Linear(self.D, E)                 # [SC] W
+        if cfg.self_cond.startswith("adaptive"):                # [SC] `add` has no s(t): Table 7a
+            self.sc_time = TimeEmbedding(base, E)               # [SC] s(t)
+        if cfg.self_cond == "adaptive1":                        # [SC] s(t) = 1 at first
+            nn.init.zeros_(self.sc_time.lin2.weight)            # [SC]
+            nn.init.ones_(self.sc_time.lin2.bias)               # [SC]
+        self.to(memory_format=torch.channels_last)              # what convolutions like best
 
-    @staticmethod
-    def choices(cfg):
-        """The values that some fields may take, given the others."""
-        _, multiples, depth, _, _ = UNet.sizes[cfg.backbone]
-        if cfg.size % (multiple := 2 ** (len(multiples) - 1)):
-            raise UserError(f"--size {cfg.size}: must be a multiple of {multiple} for {cfg.backbone}")
-        layers = [f"out_{k}" for k in range(1, len(multiples) * (depth + 1) + 1)]
-        if cfg.self_cond != "none" and cfg.layer == layers[-1]:
-            raise UserError(f"--layer {cfg.layer}: is the last, so it can condition none; use --self_cond none")
-        return dict(self_cond=("adaptive", "add", "none"), layer=layers)
-
-    @staticmethod
-    def from_official(state):
-        """The averaged weights of a checkpoint of the public DDAE code, {MODEL, EMA, opt}; or a state_dict as it is."""
-        prefix = "ema_model.nn_model."
-        if "EMA" in state:
-            state = {k.removeprefix(prefix): v for k, v in state["EMA"].items() if k.startswith(prefix)}
-        return {k.removeprefix("nn_model."): v for k, v in state.items()}
-
-    def embed_time(self, c):
-        return self.time_emb(c)                                                     # (B, E)
-
-    def forward(self, x, c, aug=None, tap=False, last=None, place=None):
-        """x (B, C, H, W), c (B,) -> prediction (B, C, H, W). aug (B, 9): labels of the augmentation; None is zeros.
-        With `tap`: prediction, and the pooled feature that is contrasted, (B, D) float32. With the name of a layer as
-        `last`: the pooled features of all layers up to it, {name: (B, D) float32}; the rest is not computed. With
-        place (B,) in [0, 1), these include token_k: one position of the map, a random one in Fig. 4."""
-        e = self.time_emb(c, aug)                                                   # (B, E), the conditioning
+    def forward(self, x, c_noise, y=None, aug=None):
+        """x (B, C, H, W), c_noise (B,) -> prediction like x, f (B, D) float32. aug (B, 9): labels
+        of the augmentation, None for zeros. y: classes, which these networks are not told."""
+        e = self.time_emb(c_noise, aug)                         # (B, E), the conditioning
         h = self.image_proj(x)
-        skips, feats, k = [h], {}, 0
+        skips, k = [h], 0
         for block in self.down:
             h = block(h, e)
             skips.append(h)
@@ -549,40 +267,48 @@ class UNet(nn.Module):
             if isinstance(block, Resample):
                 h = block(h, e)
                 continue
-            h = block(torch.cat([h, skips.pop()], dim=1), e)                        # (B, C_k, H_k, W_k)
+            h = block(torch.cat([h, skips.pop()], dim=1), e)    # (B, C_k, H_k, W_k)
             k += 1
-            if last or (tap and f"out_{k}" == self.tap):
-                feats[f"out_{k}"] = h.float().mean(dim=(2, 3))                      # (B, C_k)
-            if place is not None:
-                feats[f"token_{k}"] = h.float().flatten(2)[range(len(h)), :, (place * h[0, 0].numel()).long()]
-            if last in feats:
-                return feats
-            if k == self.sc_layer:                                                  # [SC] what the image is about:
-                f = h.mean(dim=(2, 3))                                              # [SC] (B, C_k), Sec. 4.1
-                s = self.sc_time(c) if self.sc_time else 1                          # [SC] (B, E); 1 is `add`, Table 7a
-                e = e + s * self.sc_proj(f)                                         # [SC] (B, E) for all later layers
-        prediction = self.final(F.silu(self.norm(h)))
-        return (prediction, feats[self.tap]) if tap else prediction
+            if k == self.f_layer:
+                f = h.float().mean(dim=(2, 3))                  # [SC] (B, D), Sec. 4.1
+                if self.sc_proj:                                # [SC] later blocks read it in e:
+                    s = self.sc_time(c_noise) if self.sc_time else 1        # [SC] (B, E)
+                    e = e + s * self.sc_proj(f)                 # [SC] e + s(t) W f
+        return self.final(F.silu(self.norm(h))), f
+
+    def pooled(self, k, h):
+        return {f"out_{k}": h.float().mean(dim=(2, 3))}         # (B, C_k)
+
+    def positions(self, h):
+        return h.flatten(2).transpose(1, 2)                     # (B, H_k W_k, C_k)
 
 
-# ---- 4. Formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------------------------------
+# ---- 3. The formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------
 
-# Dormand and Prince 1980, RK5(4)7M: times and coefficients of the stages; the last slope starts the next step.
-STAGES = [(1 / 5, [1 / 5]), (3 / 10, [3 / 40, 9 / 40]), (4 / 5, [44 / 45, -56 / 15, 32 / 9]),
-          (8 / 9, [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]),
-          (1, [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]),
-          (1, [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])]
-ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]     # order 5 minus order 4
+# Dormand and Prince 1980, RK5(4)7M: time and coefficients of each stage, the last gives the new x;
+# ERROR: coefficients of order 5 minus those of order 4.
+STAGES = [
+    (1 / 5, [1 / 5]), (3 / 10, [3 / 40, 9 / 40]), (4 / 5, [44 / 45, -56 / 15, 32 / 9]),
+    (8 / 9, [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]),
+    (1, [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]),
+    (1, [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]),
+]
+ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
 
 
 def rk45(f, x, start, end, tol):
-    """Solves dx/dt = f(x, t) from start to end: x (B, ...) at the end, and how often f was evaluated for each row (B,).
-    Each row has step sizes of its own, so its solution does not depend on the others; rows that have arrived wait.
-    A step is taken if its error, as a multiple of tol (1 + |x|), has a root mean square of at most 1, as in SciPy."""
-    column = lambda v: v.view(-1, *[1] * (x.dim() - 1))         # (B,) -> (B, 1, ...)
+    """Solves dx/dt = f(x, t). x (B, ...) at `start` -> x at `end`, evaluations of f by row (B,).
+    Each row has step sizes of its own, so its solution does not depend on the others. A step is
+    taken if its error, in units of tol (1 + |x|), has a root mean square of at most 1 (SciPy)."""
+    def wide(v):
+        return v.view(-1, *[1] * (x.dim() - 1))                     # (B,) -> (B, 1, ...)
+
+    def combine(weights, slopes):
+        return sum(w * slope for w, slope in zip(weights, slopes) if w)
+
     t = torch.full((len(x),), start, dtype=x.dtype, device=x.device)
     step = torch.full_like(t, 0.01 * (end - start))
-    k = [f(x, t)]
+    slopes = [f(x, t)]
     nfe = torch.ones_like(t)
     for _ in range(10000):
         going = t != end
@@ -591,275 +317,800 @@ def rk45(f, x, start, end, tol):
         last = (end - t).abs() <= step.abs()
         step = torch.where(last, end - t, step)
         for c, row in STAGES:
-            x_new = x + column(step) * sum(a * slope for a, slope in zip(row, k) if a)
-            k.append(f(x_new, t + c * step))
-        error = column(step) * sum(a * slope for a, slope in zip(ERROR, k) if a)
-        size = (error / (tol + tol * torch.maximum(x.abs(), x_new.abs()))).square().flatten(1).mean(dim=1).sqrt()
+            x_new = x + wide(step) * combine(row, slopes)
+            slopes.append(f(x_new, t + c * step))
+        error = wide(step) * combine(ERROR, slopes)
+        error = error / (tol + tol * torch.maximum(x.abs(), x_new.abs()))
+        size = error.square().flatten(1).mean(dim=1).sqrt()
         if not size[going].isfinite().all():
-            raise UserError("RK45: the network's output is not finite; try --amp off or earlier weights")
+            raise UserError("RK45: the network's output is not finite; try earlier weights")
         taken = going & (size <= 1)
-        x, k = torch.where(column(taken), x_new, x), [torch.where(column(taken), k[-1], k[0])]
+        x = torch.where(wide(taken), x_new, x)
+        slopes = [torch.where(wide(taken), slopes[-1], slopes[0])]  # the last one starts the next
         t = torch.where(taken, torch.where(last, end, t + step), t)
-        step = torch.where(going, step * (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 10), step)
+        grow = (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 10)
+        step = torch.where(going, step * grow, step)
         nfe += 6 * going
-    raise UserError(f"--tol {tol:g}: RK45 has not arrived in 10,000 steps; raise it, or choose Euler's method by --nfe")
+    raise UserError(f"--tol {tol:g}: RK45 has not arrived in 10,000 steps; raise it, or use --nfe")
 
 
 class RF:
-    """Forward process, loss and sampler. Times lie in [0, 1], t = 0 is the data; images are in [-1, 1]."""
-    probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)                             # the grid of probe.py
-    quartiles = (0.25, 0.5, 0.75)                                                   # of the training times, for the log
-    limits = dict(nfe=(0, 1000), tol=(1e-6, 1), t_probe=(0, 1))
+    """t in [0, 1], 0 is the data; images are in [-1, 1]."""
+    probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)
+    t_range = (0, 1)
+    uncertainty = None                              # EDM alone learns weights of the noise levels
 
     def __init__(self, cfg):
-        self.steps, self.tol, self.nfe = cfg.nfe, cfg.tol, cfg.nfe
+        self.nfe = cfg.nfe
+        self.tol = cfg.tol
 
     def draw_t(self, n, generator):
-        """Training times of n images: uniform on [0, 1], float32 (n,)."""
+        """Training times (n,) float32: uniform on [0, 1]."""
         return torch.rand(n, generator=generator, device=generator.device)
 
-    def add_noise(self, x, t, noise):
-        """x_t = (1 - t) x_0 + t eps, Eq. (1). x and noise (B, C, H, W), t (B,)."""
-        return (1 - t).view(-1, 1, 1, 1) * x + t.view(-1, 1, 1, 1) * noise
+    def add_noise(self, x_0, t, eps):
+        """x_t = (1 - t) x_0 + t eps, Eq. (1). x_0 and eps (B, C, H, W), t (B,)."""
+        return (1 - t).view(-1, 1, 1, 1) * x_0 + t.view(-1, 1, 1, 1) * eps
 
     def inputs(self, x_t, t):
-        """What the network is given for the noisy images x_t at times t."""
+        """What the network is given: x_t, and c_noise = t."""
         return x_t, t
 
-    def loss(self, net, x, t, noise):
+    def loss(self, prediction, x_0, eps, t):
         """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over pixels: (B,) float32."""
-        v = net(*self.inputs(self.add_noise(x, t, noise), t)).float()
-        return (v - (noise - x)).square().mean(dim=(1, 2, 3))
+        return (prediction.float() - (eps - x_0)).square().mean(dim=(1, 2, 3))
 
     @torch.no_grad()
     def sample(self, net, noise):
-        """From t = 1 to 0 along dx/dt = v_theta by RK45 or, with nfe > 0, Euler's method: noise (B, C, H, W) ~ N(0, I)
-        -> images in [-1, 1]. self.nfe then tells what each image took, (B,)."""
-        velocity = lambda x, t: net(*self.inputs(x, t)).float()
-        if self.steps == 0:
-            with torch.autocast(noise.device.type, enabled=False):      # bf16 rounds by more than tol: twice the steps
-                x, self.nfe = rk45(velocity, noise, 1.0, 0.0, self.tol)
-            return x
+        """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. noise
+        (B, C, H, W) ~ N(0, I) -> images in [-1, 1], and network evaluations (of each) image."""
+        def velocity(x, t):
+            return net(*self.inputs(x, t))[0].float()
+
+        if self.nfe == 0:
+            with torch.autocast(noise.device.type, enabled=False):  # bf16 rounds by more than tol
+                return rk45(velocity, noise, 1.0, 0.0, self.tol)
         x = noise
-        for i in range(self.steps):
-            x = x - velocity(x, torch.full((len(x),), 1 - i / self.steps, device=x.device)) / self.steps
-        return x
+        for i in range(self.nfe):
+            t = torch.full((len(x),), 1 - i / self.nfe, device=x.device)
+            x = x - velocity(x, t) / self.nfe
+        return x, self.nfe
 
 
-def draw_images(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) and the number of network evaluations for each, (n,), on the network's device. The
-    noise of each comes from a CPU generator of its own."""
-    device, diffusion, C, S = next(net.parameters()).device, Diffusion(cfg), DATASETS[cfg.dataset][0], cfg.size
-    noise = torch.stack([torch.randn(C, S, S, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with autocast(cfg, device):
-        x = diffusion.sample(net, noise.to(device))
-    return to_uint8(x), torch.as_tensor(diffusion.nfe, device=device).float().expand(len(x))
+Network, Diffusion = UNet, RF
 
 
-SCRIPT, Backbone, Diffusion, Weighting = "rf_sc", UNet, RF, None     # what this script is made of
+# ---- 4. Non-leaky augmentation (Sec. 4.2; Karras et al. 2020, 2022) ------------------------------
+
+SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+        0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+        -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
 
 
-# ---- 5. Non-leaky augmentation (Sec. 4.2; Karras et al. 2020, 2022)  [same text in the pixel scripts] ----------------
+def draw_view(cfg, generator):
+    """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is.
+    Columns: flip, which the network is not told; xflip, yflip, scale, rotate, aniso, aniso_angle,
+    translate_x, translate_y, which it is. xflip has probability 1/2, the others cfg.aug each."""
+    n, p = cfg.batch, cfg.aug
 
-SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-        0.0017677118642428036, -0.007800708325034148)       # the low-pass filter of the wavelet, 12 taps
+    def uniform():
+        return torch.rand(n, generator=generator)
 
+    def normal():
+        return torch.randn(n, generator=generator)
 
-def draw_augment(n, p, generator, mirror=True):
-    """Parameters of n transformations, {name: float32 (n,)} on the generator's device; 0 is the identity. Half of the
-    images are mirrored left to right; each other one is drawn with probability p. mirror=False: no mirroring at all."""
-    uniform = lambda: torch.rand(n, generator=generator, device=generator.device)
-    normal = lambda: torch.randn(n, generator=generator, device=generator.device)
-    coin = lambda: (uniform() < 0.5).float()
-    angle = lambda: (uniform() * 2 - 1) * math.pi
-    gated = lambda values, p: values * (uniform() < p)                              # else 0
-    params = dict(xflip=gated(coin(), 1.0 * mirror), yflip=gated(coin(), p * mirror), scale=gated(normal(), p),
-                  rotate=gated(angle(), p), aniso=gated(normal(), p), aniso_angle=gated(angle(), 0.5),    # 0: along x
-                  translate_x=gated(normal(), p))
-    params["translate_y"] = gated(normal(), 1.0) * (params["translate_x"] != 0)     # one gate for both
-    return params
+    def gated(values, p):
+        return values * (uniform() < p)                             # else 0
 
-
-def augment_label(params):
-    """What the network is told, so that it does not take transformations for traits of the data: float32 (n, 9)."""
-    a, w, r = params["rotate"], params["aniso"], params["aniso_angle"]
-    return torch.stack([params["xflip"], params["yflip"], params["scale"], a.cos() - 1, a.sin(), w * r.cos(),
-                        w * r.sin(), params["translate_x"], params["translate_y"]], dim=1)
+    flip = uniform() < 0.5 * cfg.flip
+    if not p:
+        return F.pad(flip.float()[:, None], (0, 8))
+    xflip = gated(uniform() < 0.5, 1.0 * cfg.flip)
+    yflip = gated(uniform() < 0.5, p * cfg.flip)
+    scale = gated(normal(), p)
+    rotate = gated((uniform() * 2 - 1) * math.pi, p)
+    aniso = gated(normal(), p)
+    aniso_angle = gated((uniform() * 2 - 1) * math.pi, 0.5)         # 0: along x
+    translate_x = gated(normal(), p)
+    translate_y = gated(normal(), 1.0) * (translate_x != 0)         # one gate for both
+    view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y]
+    return torch.stack(view, dim=1).float()
 
 
 @functools.lru_cache
 def resampling(S, device):
-    """Two matrices that filter with SYM6: up (6S - 4, S) continues S pixels by reflection to 3S - 2 and doubles them,
-    down (S, 2S + 12) halves a canvas of 2S + 12. Down after up, cut to the canvas, is the identity."""
-    reflect = torch.eye(S)[np.pad(np.arange(S), S - 1, mode="reflect")]             # (3S - 2, S): repeats rows
+    """Two matrices that filter with SYM6, the low-pass filter of the wavelet: up (6S - 4, S)
+    continues S pixels by reflection to 3S - 2 and doubles them, down (S, 2S + 12) halves a canvas.
+    Down after up, cut to the canvas, is the identity."""
+    reflect = torch.eye(S)[np.pad(np.arange(S), S - 1, mode="reflect")]     # (3S - 2, S)
     taps = torch.tensor(SYM6).view(1, 1, 12)
     up = F.conv_transpose1d(torch.eye(3 * S - 2)[:, None], taps, stride=2, padding=5)[:, 0].T
     down = F.conv1d(torch.eye(2 * S + 12)[:, None], taps, stride=2, padding=5)[:, 0, 3:-3].T
     return (up @ reflect).to(device), down.contiguous().to(device)
 
 
-def apply_augment(x, params):
-    """Transforms square images x (B, C, S, S), float32 in [-1, 1] on any device, by params as draw_augment gives them:
-    mirrored, then, in one resampling, enlarged by 2^(0.2 scale), rotated by `rotate`, stretched by 2^(0.2 aniso) along
-    aniso_angle, shrunk as much across it, and moved by translate * S / 8 pixels. Returns images and labels (B, 9).
-    Images only mirrored are not resampled; with params on the CPU, no device has to wait to learn which they are."""
-    S, labels, target = x.shape[-1], augment_label(params), dict(device=x.device, non_blocking=x.is_cuda)
-    for name, axis in ("xflip", -1), ("yflip", -2):
-        x = torch.where(params[name].to(**target).view(-1, 1, 1, 1) > 0, x.flip(axis), x)
-    rows = (labels[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
+def rotation(a):
+    """Angles (B,) -> matrices (B, 2, 2)."""
+    return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
+
+
+def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
+    """Images x (B, C, S, S), in one resampling: enlarged by 2^(0.2 scale), rotated, stretched by
+    2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by translate * S / 8 pixels."""
+    S = x.shape[-1]
+    stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-aniso, aniso], dim=1)))
+    stretch = rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
+    # The output at z shows the input at M z + v; both are (x, y), in pixels from the middle.
+    M = rotation(rotate) @ stretch * 2 ** (-0.2 * scale).view(-1, 1, 1)
+    v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
+    # Twice as large, an image has its middle half a pixel before the map's.
+    up, down = resampling(S, x.device)
+    canvas, source, half = down.shape[1], up.shape[0], torch.full((2, 1), 0.5)
+    offset = (M @ half + 2 * v - half) * (2 / source)               # grid_sample: -1 to 1
+    theta = torch.cat([M * (canvas / source), offset], dim=2).to(x.device, non_blocking=True)
+    grid = F.affine_grid(theta, (len(x), 1, canvas, canvas), align_corners=False)
+    return down @ F.grid_sample(up @ x @ up.T, grid, align_corners=False) @ down.T
+
+
+def make_view(images, view):
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and labels aug
+    (B, 9), so that the network does not take transformations for traits of the data. Images that
+    are only mirrored are not resampled; as view is on the CPU, no device is waited for."""
+    flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
+    angles = aniso * aniso_angle.cos(), aniso * aniso_angle.sin()
+    aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(), *angles,
+                       move_x, move_y], dim=1)
+    x_0 = to_float(images)
+    for mirrored, axis in (flip, -1), (xflip, -1), (yflip, -2):
+        mirrored = mirrored.to(x_0.device, non_blocking=True).view(-1, 1, 1, 1) > 0
+        x_0 = torch.where(mirrored, x_0.flip(axis), x_0)
+    rows = (aug[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
     if len(rows):
-        # The output at z shows the input at M z + v; both are (x, y), in pixels from the middle.
-        some = {name: values[rows] for name, values in params.items()}
-        turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
-        w, r = some["aniso"], some["aniso_angle"]
-        stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
-        M = turn(some["rotate"]) @ turn(-r) @ stretch @ turn(r) * 2 ** (-0.2 * some["scale"]).view(-1, 1, 1)
-        v = M @ torch.stack([some["translate_x"], some["translate_y"]], dim=1)[:, :, None] * (-S / 8)
-        # Twice as large, an image has its middle half a pixel before the map's. grid_sample counts from -1 to 1.
-        up, down = resampling(S, x.device)
-        off = torch.full((2, 1), 0.5)
-        theta = torch.cat([M * (len(down.T) / len(up)), (M @ off + 2 * v - off) * (2 / len(up))], dim=2)
-        moved = rows.to(**target)
-        grid = F.affine_grid(theta.to(**target), (len(rows), 1, len(down.T), len(down.T)), align_corners=False)
-        x[moved] = down @ F.grid_sample(up @ x[moved] @ up.T, grid, align_corners=False) @ down.T
-    return x, labels.to(**target)
+        there = rows.to(x_0.device, non_blocking=True)
+        x_0[there] = transform(x_0[there], *view[rows, 3:].unbind(dim=1))
+    return x_0, aug.to(x_0.device, non_blocking=True)
 
 
-def draw_view(cfg, generator):
-    """A view of each image of a global batch: {name: (batch,)} on the CPU. The network is told xflip, but not flip."""
-    view = dict(flip=torch.rand(cfg.batch, generator=generator) < 0.5 * cfg.flip)
-    return {**view, **draw_augment(cfg.batch, cfg.aug, generator, cfg.flip)} if cfg.aug else view
-
-
-def make_view(images, classes, view):
-    """Images uint8 (B, C, S, S) as seen in a view: float32 in [-1, 1]; and what the network is told, labels (B, 9) of
-    the augmentation or None. It is never told the classes (B,)."""
-    params = dict(view)
-    flip = params.pop("flip").to(images.device, non_blocking=images.is_cuda).view(-1, 1, 1, 1)
-    x = to_float(torch.where(flip, images.flip(-1), images))
-    return apply_augment(x, params) if params else (x, None)
-
-
-# ---- 6. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network  [same text in every script] -----
-
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum over processes. All their losses depend on it, so its gradient is summed as well: backward = forward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
-
+# ---- 5. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network --------------
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes, with gradients: N compute what
-    one does (nn.SyncBatchNorm needs GPUs). In eval mode too, as MoCo v3's teacher: there are no running averages."""
+    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes, so that N
+    compute what one does. In eval mode too, as in MoCo v3's teacher: no running averages."""
 
     def __init__(self, D, affine=True):
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.full((D,), v)) if affine else v for v in (1.0, 0.0))
+        self.weight = nn.Parameter(torch.ones(D)) if affine else 1.0
+        self.bias = nn.Parameter(torch.zeros(D)) if affine else 0.0
+
+    def mean(self, x):
+        x = x.mean(dim=0)
+        if WORLD > 1:
+            x = torch.distributed.nn.functional.all_reduce(x) / WORLD       # with its gradient
+        return x
 
     def forward(self, x):
-        def mean(x):
-            x = x.mean(dim=0)
-            return SumOverProcesses.apply(x) / WORLD if WORLD > 1 else x
-        x = x.float() - mean(x.float())
-        return x * (mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
+        x = x.float()
+        x = x - self.mean(x)
+        return x * (self.mean(x.square()) + 1e-5).rsqrt() * self.weight + self.bias
 
 
 def mlp(*widths):
-    """Linear, BatchNorm, ReLU, ... Linear, BatchNorm without weights: as the heads of MoCo v3 (Chen et al. 2021)."""
+    """Linear, BatchNorm, ReLU, ..., Linear, BatchNorm without weights: the heads of MoCo v3."""
     layers = []
-    for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU()]
+    for C_in, C_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(C_in, C_out, bias=False), BatchNorm(C_out), nn.ReLU()]
     return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False))
 
 
 class Projector(nn.Module):
-    """MoCo v3's projector (B, D) -> (B, 256). Given E, the width of a time embedding, it knows the time (Table 7b):
-    queries come from all noise levels and keys from one, so how a feature is to be read depends on t."""
+    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). Queries come
+    from all times and keys from one. So f is scaled by 1 + s(e), as s(t) scales it for the decoder:
+    a shift would be constant over the keys, and BatchNorm would remove it. e gets no gradient."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
-        self.time = nn.Linear(E, D) if E else None
         self.mlp = mlp(D, hidden, hidden, 256)
+        self.time = nn.Linear(E, D) if E else None                  # None: cl_head plain
+        if E:
+            nn.init.zeros_(self.time.weight)
+            nn.init.zeros_(self.time.bias)
 
     def forward(self, f, e):
-        return self.mlp(f + self.time(e) if self.time else f)
+        return self.mlp(f * (1 + self.time(e.detach())) if self.time else f)
 
 
-def info_nce(q, k, T=0.2):
-    """MoCo v3's loss of queries q (B, D) and the keys k (B * WORLD, D) of all processes, in one direction of two: each
-    query is to find its image's key. T: temperature; the factor 2 T undoes 1 / T in the gradient. Always in float32."""
-    with torch.autocast(q.device.type, enabled=False):
-        logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
-    return 2 * T * F.cross_entropy(logits, torch.arange(len(q), device=q.device) + len(q) * RANK)
-
-
-class Learner(nn.Module):
-    """All that is trained: the network, and the heads that only training needs. Its forward is the whole loss, so that
-    DistributedDataParallel sees one forward per backward. A copy of it, with averaged weights, is what we evaluate
-    and, with --cl, the teacher."""
+class Student(nn.Module):
+    """All that is trained: the network, and heads that only training needs. One forward for all, as
+    DistributedDataParallel wants it. A copy with averaged weights is the teacher and the result."""
 
     def __init__(self, net, cfg):
         super().__init__()
-        self.net, self.cfg, self.diffusion, self.heads = net, cfg, Diffusion(cfg), nn.ModuleDict()
+        self.net = net
+        self.heads = nn.ModuleDict()
         if cfg.cl:
-            self.heads["projector"] = Projector(net.D, cfg.cl_hidden, net.E if cfg.cl_head == "time" else None)
+            E = net.E if cfg.cl_head == "time" else None
+            self.heads["projector"] = Projector(net.D, cfg.cl_hidden, E)
             self.heads["predictor"] = mlp(256, cfg.cl_hidden, 256)
-        if cfg.aug and Weighting:
-            self.heads["weighting"] = Weighting()
+        if cfg.aug and Diffusion.uncertainty:
+            self.heads["uncertainty"] = Diffusion.uncertainty()
 
-    def forward(self, x_0, labels, t, noise, keys):
-        """A view x_0 and `labels`, what the network is told of it; times, noise, the other view's keys -> the scalar to
-        minimise; and for the log, unweighted, (10,): the diffusion loss, the contrastive loss, and for the quarters of
-        the training times four sums of losses and four counts of images."""
-        seen = {}
-
-        def net(x, c):      # Diffusion.loss calls this; the feature and c are kept for the heads
-            prediction, seen["f"] = self.net(x, c, labels, tap=True)
-            seen["c"] = c
-            return prediction
-        loss = weighted = self.diffusion.loss(net, x_0, t, noise)                   # (B,)
-        contrast = loss.new_zeros(())
-        if "weighting" in self.heads:
-            weighted = self.heads["weighting"](loss, seen["c"])
-        if self.cfg.cl:
-            q = self.heads["predictor"](self.heads["projector"](seen["f"], self.net.embed_time(seen["c"])))
-            contrast = info_nce(q, keys)
-        quarter = F.one_hot(sum((t > limit).long() for limit in self.diffusion.quartiles), 4)       # (B, 4)
-        sums = (loss[:, None] * quarter).sum(dim=0)
-        parts = torch.cat([torch.stack([loss.mean(), contrast]), sums, quarter.sum(dim=0)])
-        return weighted.mean() + self.cfg.cl * contrast, parts.detach()
+    def forward(self, x_in, c_noise, y, aug):
+        """-> prediction, query q (B, 256) or None, uncertainty u (B,) or None."""
+        prediction, f = self.net(x_in, c_noise, y, aug)
+        q = u = None
+        if "projector" in self.heads:
+            q = self.heads["predictor"](self.heads["projector"](f, self.net.time_emb(c_noise)))
+        if "uncertainty" in self.heads:
+            u = self.heads["uncertainty"](c_noise)
+        return prediction, q, u
 
     @torch.no_grad()
-    def keys(self, x_0, labels, noise):
-        """The teacher's part, called on the averaged copy: features of the other view at the time where they classify
-        best (Tables 7c, 10), projected, of all processes: (B * WORLD, 256). The network stops at the layer it needs."""
-        low = self.diffusion.limits["t_probe"][0]
-        t = torch.full((len(x_0),), low if self.cfg.cl_target == "min" else self.cfg.t_probe, device=x_0.device)
-        x_t, c = self.diffusion.inputs(self.diffusion.add_noise(x_0, t, noise), t)
-        f = self.net(x_t, c, labels, last=self.net.tap)[self.net.tap]
-        k = self.heads["projector"](f, self.net.embed_time(c))
+    def keys(self, x_0, aug, eps):
+        """Called on the teacher: features of the other view, at the time where they classify best
+        (Tables 7c, 10), projected; of all processes (B * WORLD, 256). Not told the classes."""
+        cfg, name = self.net.cfg, self.net.f_name
+        t = cfg.t_probe if cfg.cl_target == "probe" else Diffusion.t_range[0]
+        f = features(self.net, x_0, t, eps, last=name, aug=aug)[name]
+        c_noise = Diffusion(cfg).inputs(x_0, torch.full((len(x_0),), t, device=x_0.device))[1]
+        k = self.heads["projector"](f, self.net.time_emb(c_noise))
         parts = [torch.empty_like(k) for _ in range(WORLD)]
         if WORLD > 1:
             dist.all_gather(parts, k)
         return torch.cat(parts) if WORLD > 1 else k
 
 
-# ---- 7. Plumbing: randomness, processes, precision, files  [same text in every script] -------------------------------
+def info_nce(q, k, T=0.2):
+    """MoCo v3's loss in one of its two directions: each query q (B, D) is to find its image's key
+    among k (B * WORLD, D). T is MoCo v3's for ViTs; 2 T undoes 1 / T in the gradient."""
+    logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
+    own = torch.arange(len(q), device=q.device) + len(q) * RANK
+    return 2 * T * F.cross_entropy(logits, own)
+
+
+# ---- 6. Training, samples, features --------------------------------------------------------------
+
+def draw_random(cfg, diffusion, step, shape, device):
+    """All that is random in a step, for the global batch of images of `shape` (C, H, W)."""
+    gen, shape = rng(cfg.seed, step, 0, device=device), (cfg.batch, *shape)
+    random = dict(t=diffusion.draw_t(cfg.batch, gen),
+                  eps=torch.randn(shape, generator=gen, device=device),
+                  view=draw_view(cfg, rng(cfg.seed, step, 3)))
+    if cfg.cl:
+        random["other_view"] = draw_view(cfg, rng(cfg.seed, step, 4))
+        random["other_eps"] = torch.randn(shape, generator=gen, device=device)
+    return random
+
+
+def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
+                  other_view=None, other_eps=None):
+    """The objective of images (B, ...) with classes y (B,), to be minimised; and for the log, as
+    numbers (2,): the diffusion loss and the contrastive loss."""
+    x_0, aug = make_view(images, view)                              # float32, augmented
+    x_t = diffusion.add_noise(x_0, t, eps)                          # Eq. (1)
+    x_in, c_noise = diffusion.inputs(x_t, t)
+    with autocast(cfg, images.device):
+        prediction, q, u = model(x_in, c_noise, y, aug)             # network and heads
+    loss = diffusion.loss(prediction, x_0, eps, t)                  # (B,), Sec. 3.1
+    objective = loss.mean() if u is None else (loss / u.exp() + u).mean()
+    contrast = torch.zeros_like(objective)
+    if cfg.cl:                                                      # Sec. 4.2
+        other_x_0, other_aug = make_view(images, other_view)
+        with autocast(cfg, images.device):
+            k = teacher.keys(other_x_0, other_aug, other_eps)
+        contrast = info_nce(q, k)
+        objective = objective + cfg.cl * contrast
+    return objective, torch.stack([loss.mean(), contrast]).detach()
+
+
+def schedule(cfg, step, total, N):
+    """The learning rate's factor: a linear warm-up, then 1, then a linear fall if asked for."""
+    up = (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9)
+    down = (total - step) / (cfg.lr_decay * total + 1e-9)
+    return min(1, up, down)
+
+
+def make_parts(cfg, device):
+    """Student, teacher (its average over the steps), optimizer and scaler at the start of a run."""
+    torch.manual_seed(cfg.seed)
+    student = Student(build_net(cfg), cfg).to(device).train()
+    if cfg.init and not Path(cfg.out, "last.pt").exists():
+        load_weights(student.net, cfg.init, start=True)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    half = autocast(cfg, device).fast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    return student, teacher, make_optimizer(student, cfg), scaler
+
+
+def train(cfg):
+    """The whole training. Returns 0, or the signal that ended it; the same command goes on there.
+
+    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own
+    rows of them: so a resumed run equals an unbroken one, and two processes with 4 images each
+    compute what one does with 8 (but for dropout's masks, which each draws for its own images)."""
+    device, diffusion, out, share = start(cfg), Diffusion(cfg), Path(cfg.out), rows_per_pass(cfg)
+    with one_process_first():
+        images, labels = load_data(cfg, train=True)
+    data, N = fingerprint(images, labels), len(images)
+    if images.nbytes < 4e9:                                         # ImageNet100 at 64 x 64: 1.6 GB
+        images = images.to(device)
+    total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
+    student, teacher, optimizer, scaler = make_parts(cfg, device)
+    parts = dict(model=student.net, heads=student.heads, ema=teacher.net, ema_heads=teacher.heads,
+                 optimizer=optimizer, scaler=scaler)
+    step = resume(cfg, data, parts)
+    if cfg.compile:
+        student.net.compile()
+    model = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
+    if RANK == 0:
+        count = sum(p.numel() for p in student.net.parameters())
+        print(f"{cfg.out}: {N} x {tuple(images.shape[1:])}, {count:,} parameters, {WORLD} x "
+              f"{device}\n{'resumed at' if step else 'from'} step {step} to {total}", flush=True)
+
+    own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)   # this process's rows
+    batches = read_batches(images, labels, cfg, step, own, device)
+    sums, logged, clock = torch.zeros(2, device=device), step, time.time()
+    saved, stop, caught, before = clock, 0, [0], {}
+    for kind in signal.SIGINT, signal.SIGTERM:                      # Ctrl-C, a scheduler
+        before[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+    slow = 0.1 if sys.stderr.isatty() else 20                       # seconds between lines of a bar
+    bar = tqdm(total=total, initial=step, disable=RANK > 0, mininterval=slow)
+    with open_log(out, step) as log, bar:
+        while step < total and not stop:
+            batch, y = next(batches)
+            random = draw_random(cfg, diffusion, step, batch.shape[-3:], device)
+            for i in range(cfg.accum):                              # one forward per backward
+                rows = slice(i * share, (i + 1) * share)            # of what this process reads
+                mine = slice(own.start + rows.start, own.start + rows.stop)     # of the batch
+                if cfg.dropout:
+                    torch.manual_seed(rng(cfg.seed, step, 2, mine.start).initial_seed())
+                wait = WORLD > 1 and i + 1 < cfg.accum              # DDP averages with the last
+                with model.no_sync() if wait else contextlib.nullcontext():
+                    some = {name: values[mine] for name, values in random.items()}
+                    objective, numbers = training_step(cfg, diffusion, model, teacher,
+                                                       batch[rows], y[rows], **some)
+                    scaler.scale(objective / cfg.accum).backward()
+                sums += numbers / cfg.accum
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * schedule(cfg, step, total, N)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            update_ema(teacher, student, cfg.ema, step + 1, cfg.ema_ramp)
+            step += 1
+            bar.update()
+            epoch, old = step * cfg.batch // N, (step - 1) * cfg.batch // N
+            save_due, sample_due = (every and (step == total or epoch // every > old // every)
+                                    for every in (cfg.save_every, cfg.sample_every))
+            keep = save_due or step == total or time.time() - saved > 600
+            if step <= 50 or step % 10 == 0 or keep or (WORLD == 1 and len(caught) > 1):
+                stop = torch.tensor(max(caught), device=device)     # only here the CPU waits
+                if WORLD > 1:
+                    dist.all_reduce(sums)
+                    dist.all_reduce(stop, dist.ReduceOp.MAX)
+                stop, (loss, contrast) = stop.item(), (sums / (step - logged) / WORLD).tolist()
+                speed = (step - logged) * cfg.batch / (time.time() - clock)
+                if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
+                    raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
+                                    "is left as last saved; try a lower --lr or --amp off")
+                line = dict(step=step, epoch=step * cfg.batch / N, loss=loss, contrast=contrast,
+                            lr=group["lr"], grad_norm=norm.item(), images_per_second=speed)
+                print(json.dumps(line), file=log, flush=True)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+                sums, logged, clock = torch.zeros_like(sums), step, time.time()
+            if save_due:
+                save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
+            if keep or stop:
+                save(cfg, data, "last.pt", step, parts)
+                saved = time.time()
+            if sample_due:
+                grid = sample(teacher.net, cfg, range(80))          # by all processes together
+                if RANK == 0:
+                    save_grid(grid, out / f"samples_{epoch:04d}.png")
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+    return stop if step < total else 0
+
+
+def draw_images(net, cfg, seeds):
+    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,)."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (DATASETS[cfg.dataset][0], cfg.size, cfg.size)
+    noise = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
+    noise = noise.to(next(net.parameters()).device)
+    with autocast(cfg, noise.device):
+        x, nfe = Diffusion(cfg).sample(net, noise)
+    return to_uint8(x), torch.as_tensor(nfe, device=x.device).float().expand(len(x))
+
+
+def sample(net, cfg, seeds, progress=False):
+    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i] alone: not of other
+    seeds, nor of the number of processes, which share the work and all get all images. So the net
+    always sees the same number of rows, some of them idle: at other sizes other kernels run, and
+    round differently. Sets net.nfe, the mean number of network evaluations per image."""
+    device, C, S = next(net.parameters()).device, DATASETS[cfg.dataset][0], cfg.size
+    images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
+    evaluations = torch.zeros(len(seeds), device=device)
+    mine, group = list(range(RANK, len(seeds), WORLD)), 64 if device.type == "cuda" else 16
+    quiet = None if progress and RANK == 0 else True                # None: unless no terminal
+    for i in tqdm(range(0, len(mine), group), desc=f"sampling {group} at a time", disable=quiet):
+        rows = mine[i:i + group]
+        idle = [0] * (group - len(rows))
+        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + idle)
+        images[rows] = drawn[:len(rows)]
+        evaluations[rows] = nfe[:len(rows)]
+    if WORLD > 1:
+        dist.all_reduce(images)                                     # the others' rows are zero
+        dist.all_reduce(evaluations)
+    net.nfe = evaluations.mean().item()
+    return images.cpu()
+
+
+class Found(Exception):
+    """All features that were asked for are there: the rest of the network need not run."""
+
+
+@torch.no_grad()
+def features(net, x_0, t, eps, last=None, aug=None, place=None):
+    """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
+    number; up to the layer `last`. With place (B,) in [0, 1) also token_k: one position's. Hooks
+    read them, so that `forward` knows nothing of it. The network is not told classes."""
+    found = {}
+
+    def reader(k):
+        def hook(block, inputs, h):
+            found.update(net.pooled(k, h))
+            if place is not None:
+                tokens = net.positions(h)                           # (B, N, D)
+                rows = torch.arange(len(h), device=h.device)
+                found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
+            if last in found:
+                raise Found
+        return hook
+
+    diffusion = Diffusion(net.cfg)
+    t = torch.full((len(x_0),), t, device=x_0.device)
+    hooks = [block.register_forward_hook(reader(k)) for k, block in enumerate(net.blocks, 1)]
+    try:
+        net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
+    except Found:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+# ---- 7. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory or mapped ---------------
+
+# Strokes of the ten digits on a seven-segment display: "10 78" goes from (1, 0) to (7, 8), y down.
+DIGITS = ["10 70 78 18 10", "70 78", "10 70 74 14 18 78", "10 70 78 18, 14 74", "10 14 74, 70 78",
+          "70 10 14 74 78 18", "70 10 18 78 74 14", "10 70 78", "10 70 78 18 10, 14 74",
+          "74 14 10 70 78 18"]
+
+
+def draw_glyphs(n, seed):
+    """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The
+    same bytes everywhere: RandomState's streams are frozen, + - * / sqrt are exact; no sin, font.
+    Digits are lighter or darker than the ground: a pixel's mean says little about the class."""
+    rng, labels = np.random.RandomState(seed), np.arange(n) % 10
+
+    def uniform(low, high, size=1):
+        return (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
+
+    grid = np.arange(-7.5, 8, dtype=np.float32)
+    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))         # pixel centres
+    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                     # shift
+    u = uniform(-0.14, 0.14)                                                    # rotate: 2 atan(u)
+    x, y = (((1 - u * u) * x + 2 * u * y) / (1 + u * u),
+            ((1 - u * u) * y - 2 * u * x) / (1 + u * u))
+    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                 # shear and scale
+    y = y / uniform(1.1, 1.35) + 4
+    distance = np.full((n, 256), 99, np.float32)                                # to the next stroke
+    for digit, strokes in enumerate(DIGITS):
+        for stroke in strokes.split(", "):
+            points = [np.array([int(a), int(b)], np.float32) for a, b in stroke.split()]
+            for start, end in zip(points, points[1:]):
+                px, py, (dx, dy) = x[digit::10] - start[0], y[digit::10] - start[1], end - start
+                along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+                off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+                distance[digit::10] = np.minimum(distance[digit::10], off)
+    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                  # (n, 1, 256)
+    dark = uniform(0, 1) < 0.5
+    front = np.where(dark, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)
+    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                          # (n, 3)
+    slope = uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0
+    back = back[..., None] + slope[:, None]
+    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255)
+    image = image + rng.randint(-2, 3, (n, 3, 256))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+
+
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+DOWNLOADS = {  # file: MD5, then the folders that serve it, in order of trial
+    "cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", KRIZ, MIRROR),
+    "cifar-100-binary.tar.gz": ("03b5dce01913d631647c71ecec9e9cb8", KRIZ),
+    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", FASHION),
+    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
+    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
+    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
+    "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
+}
+
+
+def fetch(name, folder):
+    """Path of a file of DOWNLOADS: the one in `folder`, or else a download whose MD5 is right."""
+    (md5, *mirrors), path, faults = DOWNLOADS[name], Path(folder, name), []
+    if path.exists():
+        return path
+    for mirror in mirrors:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=30) as reply, new_file(path) as file:
+                bar = tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None)
+                digest = hashlib.md5()
+                with bar as stream:
+                    while chunk := stream.read(2**20):
+                        digest.update(chunk)
+                        file.write(chunk)
+                if digest.hexdigest() != md5:
+                    raise OSError(f"{file.tell()} bytes with another MD5 came")
+            return path
+        except (OSError, http.client.HTTPException) as error:
+            faults.append(f"{mirror}{name}: {error}")
+    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} "
+                    f"into {folder}, or name the folder that holds it with --data_dir")
+
+
+def read_cifar(cfg, train):
+    """The binary archives, read in place: a label (or: coarse, fine), then 3 x 32 x 32 pixels."""
+    if cfg.dataset == "cifar10":
+        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin/", 1
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    else:
+        archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
+        files = ["train.bin" if train else "test.bin"]
+    with tarfile.open(fetch(archive, cfg.data_dir)) as tar:
+        data = b"".join(tar.extractfile(folder + name).read() for name in files)
+    records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
+    return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
+
+
+def read_fashion_mnist(cfg, train):
+    """IDX files, big-endian sizes and bytes: in data_dir, of Debian's package, or downloaded."""
+    arrays = []
+    for kind, dims in ("images", 3), ("labels", 1):
+        name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
+        debian = Path("/usr/share/datasets/fashion-mnist", name)
+        here = debian.exists() and not Path(cfg.data_dir, name).exists()
+        with gzip.open(debian if here else fetch(name, cfg.data_dir)) as file:
+            data = file.read()
+        shape = np.frombuffer(data[4:4 + 4 * dims], ">i4")
+        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
+    images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]               # 28 in 32 pixels
+    if cfg.size == 16:
+        images = (images.reshape(-1, 1, 16, 2, 16, 2).sum(axis=(3, 5)) + 2) // 4
+    return images.astype(np.uint8), arrays[1]
+
+
+def read_tiny_imagenet(cfg, train):
+    """The published zip, read in place; a text file has the classes of the test (val) images."""
+    top = "tiny-imagenet-200/"
+    with zipfile.ZipFile(fetch("tiny-imagenet-200.zip", cfg.data_dir)) as archive:
+        names = [n for n in sorted(archive.namelist()) if re.match(f"{top}train/.*JPEG$", n)]
+        folders = [name.split("/")[2] for name in names]
+        classes = sorted(set(folders))
+        if not train:
+            lines = archive.read(f"{top}val/val_annotations.txt").decode().splitlines()
+            names = [f"{top}val/images/{line.split()[0]}" for line in lines]
+            folders = [line.split()[1] for line in lines]
+        labels = [classes.index(folder) for folder in folders]
+        stamps = [archive.getinfo(name).CRC for name in names]
+        return decode_once(cfg, train, names, labels, stamps, archive.open)
+
+
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val",
+              test="val", testing="val")                        # names in any case -> train or val
+KINDS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def visible(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def subfolders(folder):
+    """{name: path} of the folders in a folder."""
+    found = sorted(folder.iterdir())
+    return {path.name: path for path in found if path.is_dir() and visible(path.name)}
+
+
+def list_files(folder):
+    """Pictures under a folder, at any depth, in order, and how many other files there are. Links
+    are followed, but no folder is read twice."""
+    pictures, others, seen = [], 0, set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = sorted(name for name in inner if visible(name))
+        if os.path.realpath(place) in seen:
+            inner[:] = []
+            continue
+        seen.add(os.path.realpath(place))
+        names = sorted(name for name in names if visible(name))
+        good = [os.path.join(place, name) for name in names if name.lower().endswith(KINDS)]
+        pictures += good
+        others += len(names) - len(good)
+    return pictures, others
+
+
+def list_folders(cfg, train):
+    """Files and labels of class folders, train/CLASS/** or val/CLASS/** in data_dir/DATASET or in
+    data_dir; with --dataset folder, and no folder train, CLASS/** there."""
+    root = Path(cfg.data_dir, cfg.dataset)
+    root = root if root.is_dir() else Path(cfg.data_dir)
+    found = subfolders(root) if root.is_dir() else {}
+    splits = {SPLITS[name.lower()]: path for name, path in found.items() if name.lower() in SPLITS}
+    flat = cfg.dataset == "folder" and found and not splits
+    home = root if flat else splits.get("train")
+    here = home if train else splits.get("val")
+    if not home or not here:
+        raise UserError(f"--data_dir {cfg.data_dir}: --dataset {cfg.dataset} reads train/CLASS and "
+                        f"val/CLASS in {root}, and finds {', '.join(found) or 'no folder'} there")
+    classes, folders, files, labels, others = list(subfolders(home)), subfolders(here), [], [], 0
+    wanted = DATASETS[cfg.dataset][2]
+    if len(classes) != (wanted or max(1, len(classes))):
+        raise UserError(f"--data_dir {cfg.data_dir}: {home} has {len(classes)} class folders, and "
+                        f"--dataset {cfg.dataset} needs {wanted or 'some'}")
+    for name, folder in folders.items():
+        pictures, rest = list_files(folder)
+        if name not in classes or (train and not pictures):
+            fault = "holds no picture" if name in classes else f"is no class of {home}"
+            raise UserError(f"--data_dir {cfg.data_dir}: {folder} {fault}; remove it, or mend that")
+        files += pictures
+        labels += [classes.index(name)] * len(pictures)
+        others += rest
+    if RANK == 0:
+        names = classes if len(classes) < 3 else [classes[0], "...", classes[-1]]
+        print(f"{here}: {len(classes)} classes ({', '.join(names)}), {len(files)} images"
+              + (f"; {others} files are no pictures" if others else ""), flush=True)
+    return files, labels
+
+
+def read_image(file):
+    """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
+    grey scaled to 8. No format that starts another program. ValueError: numbers of any range."""
+    formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+    with Image.open(file, formats=formats) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"numbers of mode {image.mode}, 32 bits, whose range is unknown")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def centre_crop(image, size):
+    """RGB pixels (3, size, size), as by ADM (Dhariwal & Nichol 2021): halved by box filters while
+    twice too large, resized by a bicubic one to the shorter side; the middle is kept."""
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    pixels = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    pixels = np.asarray(pixels)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size].transpose(2, 0, 1)
+
+
+def decode_once(cfg, train, names, labels, stamps, open_file):
+    """Images (N, 3, S, S), mapped from a file in data_dir, and labels (N,). The first run decodes
+    and writes it: images, then labels as uint16. Its name has a hash of the listing."""
+    key = hashlib.sha256(repr((names, labels, stamps)).encode()).hexdigest()[:12]
+    split = "train" if train else "test"
+    path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{split}-{key}.u8")
+
+    def decode(name):
+        try:
+            with open_file(name) as file:
+                return centre_crop(read_image(file), cfg.size).tobytes()
+        except Exception as error:                              # Pillow fails in many ways
+            return error
+
+    if not path.exists():
+        kept, bad = [], []
+        with new_file(path) as file, concurrent.futures.ThreadPoolExecutor() as pool:
+            for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", disable=None):
+                some, decoded = slice(i, i + 256), pool.map(decode, names[i:i + 256])
+                for name, label, data in zip(names[some], labels[some], decoded):
+                    if isinstance(data, bytes):
+                        file.write(data)
+                        kept.append(label)
+                    else:
+                        bad.append(f"{name} ({data})")
+            if 100 * len(bad) > len(names):
+                raise UserError(f"--data_dir {cfg.data_dir}: {len(bad)} of {len(names)} pictures "
+                                f"cannot be decoded, first {bad[0]}; remove or mend them")
+            file.write(np.array(kept, np.uint16).tobytes())
+        if bad:
+            print(f"note: {len(bad)} of {len(names)} pictures cannot be decoded and are left out, "
+                  f"first {bad[0]}", file=sys.stderr)
+    N = path.stat().st_size // (3 * cfg.size ** 2 + 2)
+    labels = np.fromfile(path, np.uint16, offset=3 * N * cfg.size ** 2)
+    return np.memmap(path, np.uint8, "c", shape=(N, 3, cfg.size, cfg.size)), labels
+
+
+def read_folders(cfg, train):
+    files, labels = list_folders(cfg, train)
+    stats = [os.stat(file) for file in files]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return decode_once(cfg, train, files, labels, stamps, functools.partial(open, mode="rb"))
+
+
+def load_data(cfg, train):
+    """The training or test images uint8 (N, C, S, S) and labels int64 (N,), CPU tensors."""
+    readers = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar, cifar100=read_cifar,
+                   tiny_imagenet=read_tiny_imagenet)
+    try:
+        if cfg.dataset == "glyphs":
+            images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
+        else:
+            images, labels = readers.get(cfg.dataset, read_folders)(cfg, train)
+    except UserError:
+        raise
+    except Exception as error:                                  # damaged archives fail in many ways
+        text = " ".join(str(error).split())
+        raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({text}); "
+                        "delete what is damaged, and the next run fetches it")
+    if images.shape[2] != cfg.size:
+        raise UserError(f"--size {cfg.size}: {cfg.dataset} has {images.shape[2]} pixels a side")
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
+
+
+def fingerprint(images, labels):
+    """What tells one data set from another: counts, a CRC of the labels and of some images."""
+    some = images[::max(1, len(images) // 64)].numpy()
+    crc = zlib.crc32(np.ascontiguousarray(some), zlib.crc32(labels.numpy()))
+    return f"{len(images)} images of {len(labels.unique())} classes, CRC {crc:08x}"
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """And back: rounded to the nearest, clipped."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def read_batches(images, labels, cfg, step, own, device):
+    """From a step on, images and labels of this process's rows of each batch, on the device."""
+    while True:
+        rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
+        batch = images[rows.to(images.device, non_blocking=True)]
+        yield batch.to(device), labels[rows].to(device, non_blocking=True)
+        step += 1
+
+
+# ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+SCRIPT = Path(__file__).stem
+
+
+class UserError(ValueError):
+    """What the user can mend. The command line prints it as one line and ends with status 2."""
+
 
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`; the third tells uses apart. They are hashed: CPU
-    generators keep only the low 32 bits of a seed, so sums or shifts of keys would collide."""
-    return torch.Generator(device).manual_seed(int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16))
+    """A generator whose stream is a function of the integers `key`; the third tells uses apart.
+    They are hashed: CPU generators keep 32 bits of a seed, so sums of keys would collide."""
+    seed = int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16)
+    return torch.Generator(device).manual_seed(seed)
 
 
 @functools.lru_cache(maxsize=2)
@@ -868,65 +1119,64 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch, seed, step):
-    """Which of n images form the global batch of a step, int64 (batch,). Shuffled epochs, laid end to end, are cut into
-    batches: each image comes once an epoch, none is dropped, and the step is all a resumed run needs."""
+    """Which of n images form the global batch of a step, int64 (batch,). Shuffled epochs, end to
+    end, are cut into batches: each image comes once an epoch, and a step is all one needs."""
     place = torch.arange(step * batch, (step + 1) * batch)
-    return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in (place // n).unique().tolist()])
-
-
-def read_batches(images, classes, cfg, step, own, device):
-    """From a step on, the images and classes of this process's part of each global batch, on the device. If the images
-    are not there, a thread reads one step ahead, as they may come from a disk."""
-    def read(step):
-        rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
-        x = images[rows.to(images.device, non_blocking=images.is_cuda)]
-        return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x, classes[rows]
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        ahead = None
-        while True:
-            batch = ahead.result() if ahead else read(step)
-            step += 1
-            ahead = reader.submit(read, step) if images.device.type != device.type else None
-            yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
+    epochs = (place // n).unique().tolist()
+    return torch.cat([epoch_order(n, seed, e)[place[place // n == e] % n] for e in epochs])
 
 
 def start(cfg):
-    """The device of this process. Joins the other processes, if torchrun started several."""
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise UserError(f"--device {kind}: this machine has none; use --device cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if kind != "cpu" and here > getattr(torch, kind).device_count():
-        raise UserError(f"--device {kind}: {here} processes for {getattr(torch, kind).device_count()}; give torchrun "
-                        "--nproc_per_node as many, or use --device cpu")
-    device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
+    """The device of this process, which joins the others if torchrun has started several."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = here.type if here else "cpu"
+    kind = best if cfg.device == "auto" else cfg.device
+    if kind != "cpu" and (kind != best or LOCAL_RANK >= torch.accelerator.device_count()):
+        raise UserError(f"--device {kind}: there is none for process {LOCAL_RANK} on this machine; "
+                        "use --device cpu, or as many processes as there are")
+    if WORLD > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE={WORLD} without the other variables of torchrun: start with "
+                        "torchrun, or unset WORLD_SIZE")
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device(kind, LOCAL_RANK)
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
     return device
 
 
+def rows_per_pass(cfg):
+    """Images that a process puts through the network at a time."""
+    share, rest = divmod(cfg.batch, WORLD * cfg.accum)
+    if rest:
+        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum "
+                        f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
+    return share
+
+
 @contextlib.contextmanager
 def one_process_first():
-    """The first process of each machine runs the block (it may decode all of ImageNet) before the others do."""
-    if WORLD > 1:       # NCCL's first barrier gives up after ten minutes, whatever timeout is set
+    """The first process of each machine runs the block, as it may decode all of ImageNet; then the
+    others do. NCCL would give up after ten minutes, so gloo it is."""
+    if WORLD > 1:
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         if LOCAL_RANK > 0:
             dist.barrier(group)
-    yield
-    if WORLD > 1:
-        if LOCAL_RANK == 0:
+    try:
+        yield
+    finally:
+        if WORLD > 1 and LOCAL_RANK == 0:
             dist.barrier(group)
 
 
 def autocast(cfg, device):
-    """Matrix products in bf16 where the GPU has it, as that needs no loss scaling; else fp16. Weights stay float32."""
+    """Matrix products in bf16 where the GPU has it, as it needs no loss scaling; else in fp16.
+    Weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        good = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if good else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -934,61 +1184,89 @@ def make_optimizer(net, cfg):
     """AdamW, without decay for biases and positions but with it for [CLS] (Appendix A)."""
     decayed, free = [], []
     for name, p in net.named_parameters():
-        (free if name.endswith(("bias", "pos_embed")) else decayed).append(p)
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+        group = free if name.endswith(("bias", "pos_embed")) else decayed
+        group.append(p)
+    groups = [dict(params=decayed), dict(params=free, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 @torch.no_grad()
-def update_ema(ema, net, rate, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., and copies buffers. With `ramp` the rate is at most
-    1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first call copies, short runs forget their random
-    start, and the 0.9999 of Table 8 is reached only after a million steps; after 100,000 the rate is 0.9995."""
+def update_ema(ema, net, decay, n, ramp=True):
+    """Averages the weights after the n-th step, n = 1, 2, ..., in place, and copies buffers. With
+    `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
+    call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:
-        rate = min(rate, 1 - n ** (-2 / 3))
-    # ema = rate ema + (1 - rate) net
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
+        decay = min(decay, 1 - n ** (-2 / 3))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     for mean, now in zip(ema.buffers(), net.buffers()):
         mean.copy_(now)
 
 
-def write_checkpoint(path, **contents):
-    """Plain types and tensors in one file, replaced in one go: a crash leaves the old file or the new, never a part."""
-    if not all_finite(contents):
-        raise UserError(f"numbers that are not finite at step {contents['step']}: {path.parent} is left as last saved")
-    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.part")
+@contextlib.contextmanager
+def new_file(path):
+    """A file that gets its name when it is complete: a crash leaves the old one or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
-        raise UserError(f"{path} cannot be written ({error.__context__ or error}); is the disk full?")
     finally:
         part.unlink(missing_ok=True)
 
 
-def all_finite(value):
-    """Whether all tensors in nested dicts and lists are finite."""
-    if isinstance(value, torch.Tensor):
-        return bool(value.isfinite().all())
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return all(map(all_finite, parts))
+def save(cfg, data, name, step, parts):
+    """Plain types and tensors, read with weights_only. One process writes, none waits."""
+    if RANK == 0:
+        state = {part: value.state_dict() for part, value in parts.items()}
+        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data, step=step)
+        with new_file(Path(cfg.out, name)) as file:
+            torch.save(state, file)
 
 
 def read_checkpoint(path):
     """The contents of a checkpoint, on the CPU. Code in it is refused, not run."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
     try:
-        if zipfile.is_zipfile(path):        # torch.load ignores wrong checksums of weights
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch.load fails in many ways on damaged files
-        raise UserError(f"{path} is damaged or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run folder has last.pt and ckpt_EPOCH.pt")
+    except Exception as error:                                      # torch.load fails in many ways
+        text = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({text})")
+
+
+# What may change in mid-run.
+FREE = "data_dir vae out init epochs steps accum device compile save_every sample_every".split()
+
+
+def resume(cfg, data, parts):
+    """The step at which a run goes on: that of last.pt, from which parts are loaded, or 0."""
+    path = Path(cfg.out, "last.pt")
+    if not path.exists():
+        return 0
+    state = read_checkpoint(path)
+    there = dict(state["config"], script=state["script"], data=state["data"])
+    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data)
+    other = [f"{name}: {there.get(name)} there, {value} now" for name, value in here.items()
+             if name not in FREE and there.get(name) != value]
+    if other:
+        raise UserError(f"--out {cfg.out} holds another run ({'; '.join(other)}); choose another "
+                        f"folder; --init {path} starts one anew from its averaged weights")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def open_log(out, step):
+    """log.jsonl, to append to; lines of steps that are done again are dropped."""
+    path = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
 
 
 def save_grid(images, path, columns=10):
@@ -996,431 +1274,161 @@ def save_grid(images, path, columns=10):
     zoom = max(1, 64 // images.shape[2])
     images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     images = F.pad(images, (1, 1, 1, 1), value=255)
-    images = torch.cat([images, images.new_full((-len(images) % columns, *images.shape[1:]), 255)])
-    grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    white = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
+    rows = torch.cat([images, white]).unflatten(0, (-1, columns))   # (rows, columns, 3, H, W)
+    grid = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     Image.fromarray(grid.contiguous().numpy()).save(path)
 
 
-def save_loss_plot(log, path):
-    """The logged losses over steps, on a logarithmic axis, averaged over 2 % of the lines."""
-    log = [line for line in log if line["loss"]] or [dict(step=1, loss=1)]
-    window = max(1, len(log) // 50)
-    loss = np.convolve(np.log10([line["loss"] for line in log]), np.ones(window) / window, "valid")
-    low, span, end = loss.min(), max(np.ptp(loss), 1e-3), log[-1]["step"]
-    draw = ImageDraw.Draw(image := Image.new("RGB", (640, 400), "white"))
-    for i in range(5):
-        draw.line([(60, 340 - 80 * i), (620, 340 - 80 * i)], fill="#dddddd")
-        draw.text((10, 334 - 80 * i), f"{10 ** (low + span * i / 4):.4f}", fill="black")
-        draw.text((50 + 140 * i, 350), f"{end * i // 4}", fill="black")
-    draw.text((300, 375), "loss / step", fill="black")
-    curve = [(60 + 560 * line["step"] / end, 340 - 320 * (v - low) / span) for line, v in zip(log[window - 1:], loss)]
-    draw.line(curve, fill="#c03030", width=2)
-    image.save(path)
+# ---- 9. Settings, weights, command line ----------------------------------------------------------
 
-
-# ---- 8. Training  [same text in every script] ------------------------------------------------------------------------
-
-# What may change in mid-run; accum may not with --cl, which compares the images of one forward pass.
-FREE = "data_dir skip_bad vae out init epochs steps accum device compile save_every sample_every".split()
-
-
-def claim(out, stack):
-    """Makes the run folder and locks it until the stack closes or the process ends, however it ends: two runs in one
-    folder would mix their states. The first process does so and gets the log, open for appending; the others wait."""
-    journal = None
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        journal = stack.enter_context(open(out / "log.jsonl", "a"))
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--out {out} is being written by another run; wait for its end, or choose another folder")
-        except OSError as error:
-            print(f"note: {out} cannot be locked ({error}): see that no other run uses it", file=sys.stderr)
-        for stale in out.glob(".*.part"):       # left by a process that was killed
-            stale.unlink(missing_ok=True)
-    if WORLD > 1:
-        dist.barrier()      # nobody reads before the folder is ours
-    return journal
-
-
-def restore(path, cfg, parts):
-    """Loads the state of a run into its parts and returns its step. Other settings than it began with are refused."""
-    state = read_checkpoint(path)
-    try:
-        defaults = {f.name: f.default for f in dataclasses.fields(cfg)}     # of fields that are newer than the file
-        there, here = {**defaults, **state["config"], "script": state["script"]}, {**vars(cfg), "script": SCRIPT}
-        free = {*FREE} - ({"accum"} if cfg.cl else set())
-        if other := [f"{k} ({there[k]} there, {v} now)" for k, v in here.items() if k not in free and there[k] != v]:
-            raise UserError(f"--out {cfg.out} holds a run with other settings: {', '.join(other)}; choose another "
-                            f"folder; --init {path} starts one anew from its averaged weights")
-        for name, part in parts.items():
-            if state[name] or name != "scaler":         # a loss scaler that was off has no state
-                part.load_state_dict(state[name])
-        if not all_finite(state) or not isinstance(state["step"], int):
-            raise UserError(f"{path} has numbers that are not finite, or no step; move it away to start anew")
-        return state["step"]
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no state of this run ({error!r:.300}); move it away to start anew")
-
-
-def resume(out, cfg, parts):
-    """The step at which a run goes on: that of last.pt, whose state is loaded into the parts, or 0."""
-    step = restore(out / "last.pt", cfg, parts) if (out / "last.pt").exists() else 0
-    if WORLD > 1:
-        steps = [step] * WORLD
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise UserError(f"--out {out}: processes find states of steps {min(steps)} and {max(steps)} there; it must "
-                            "be one folder that all machines see")
-    return step
-
-
-def read_log(path, step):
-    """The lines of a log up to a step, and how many bytes they take: what comes later is done again."""
-    log, size = [], 0
-    for line in open(path, "rb") if path.exists() else []:
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, LookupError, TypeError):        # a crash of the machine may leave anything
-            break
-        log.append(json.loads(line))
-        size += len(line)
-    return log, size
-
-
-def train(cfg):
-    """Trains to the end, from last.pt in the run folder if it is there. Returns 0, or the signal that ended the run."""
-    with contextlib.ExitStack() as stack:       # closes the log, and gives the signals back, whatever ends the run
-        return run(cfg, stack)
-
-
-def run(cfg, stack):
-    """The whole training, from top to bottom.
-
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own slice of them: so a
-    resumed run equals an unbroken one, and one process with 8 images and two with 4 give the same losses (but for the
-    masks of dropout, which each draws for its own images).
-    """
-    device, out, diffusion = start(cfg), Path(cfg.out), Diffusion(cfg)
-    share, rest = divmod(cfg.batch, WORLD * cfg.accum)          # images per forward pass
-    if rest:
-        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum {cfg.accum}; "
-                        f"use {cfg.batch - rest + WORLD * cfg.accum}")
-    if cfg.cl and share * WORLD < 2:
-        raise UserError(f"--cl {cfg.cl}: needs at least two images in a forward pass; use a smaller --accum")
-    with one_process_first():
-        images, classes = load_data(cfg, train=True)
-    N = len(images)
-    if images.nbytes < 4e9:     # all of CIFAR takes 0.2 GB, ImageNet100 at 64 x 64 takes 1.6 GB
-        images = images.to(device)
-    total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
-
-    # The state of the run, and where it stands.
-    torch.manual_seed(cfg.seed)
-    learner = Learner(build_net(cfg), cfg).to(device).train()
-    if cfg.init and not (out / "last.pt").exists():
-        kept = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}   # what latents are normalised by
-        load_weights(learner.net, cfg.init)
-        learner.net.load_state_dict(kept, strict=False)
-        print(f"starting from all {len(learner.net.state_dict())} tensors of {cfg.init}")
-    ema = copy.deepcopy(learner).eval().requires_grad_(False)           # its average over the steps: teacher and result
-    optimizer, context = make_optimizer(learner, cfg), autocast(cfg, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=context.fast_dtype == torch.float16)
-    parts = dict(model=learner.net, ema=ema.net, heads=learner.heads, ema_heads=ema.heads, optimizer=optimizer,
-                 scaler=scaler)
-    journal = claim(out, stack)
-    step = resume(out, cfg, parts)
-    log, size = read_log(out / "log.jsonl", step)
-    if cfg.compile:
-        learner.net.compile()
-    model = learner
-    if WORLD > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    if RANK == 0:
-        journal.truncate(size)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{out}: {N} images {tuple(images.shape[-3:])}, {sum(p.numel() for p in learner.net.parameters()):,} "
-              f"parameters, {total} steps of {cfg.batch}, {WORLD} x {device.type}, {context.fast_dtype}", flush=True)
-        if step:
-            print(f"resumed at step {step}", flush=True)
-
-    def save(name, **some):
-        if RANK == 0:       # every process has the same state: one writes, none waits
-            write_checkpoint(out / name, script=SCRIPT, config=dataclasses.asdict(cfg), step=step,
-                             **{k: part.state_dict() for k, part in some.items()})
-
-    def due(every):         # whether this step ends a multiple of `every` epochs, or the run
-        return step == total or step * cfg.batch // (every * N) > (step - 1) * cfg.batch // (every * N)
-
-    told, leave = [], 0     # Ctrl-C or a scheduler: the signal we got, and the one that all processes agreed to obey
-    for number in signal.SIGINT, signal.SIGTERM:
-        stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: told.append(number)))
-    bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
-    window = torch.zeros(11, device=device)     # steps since the last log line, and sums of Learner's numbers
-    own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)      # what of a batch this process does
-    batches = read_batches(images, classes, cfg, step, own, device)
-    saved = logged = time.time()
-    bar = stack.enter_context(tqdm(total=total, initial=step, unit="step", disable=RANK > 0,
-                                   mininterval=0.2 if sys.stderr.isatty() else 20))
-    while step < total and not leave:
-        # 1. All that is random, drawn for the global batch: times, noise, and views of the images.
-        (x, y), gen, shape = next(batches), rng(cfg.seed, step, 0, device=device), (cfg.batch, *images.shape[-3:])
-        t = diffusion.draw_t(cfg.batch, gen)[own]
-        noise = torch.randn(shape, generator=gen, device=device)[own]
-        view = draw_view(cfg, rng(cfg.seed, step, 3))
-        if cfg.cl:
-            other_view = draw_view(cfg, rng(cfg.seed, step, 4))
-            other_noise = torch.randn(shape, generator=gen, device=device)[own]
-
-        # 2. Gradients of this process's slices, one forward per backward; with the last, DDP averages over processes.
-        sums = 0
-        for i in range(cfg.accum):
-            mine = slice(i * share, (i + 1) * share)
-            seen_as = lambda view: make_view(x[mine], y[mine], {name: v[own][mine] for name, v in view.items()})
-            x_0, labels = seen_as(view)
-            other = seen_as(other_view) if cfg.cl else None
-            if cfg.dropout:
-                torch.manual_seed(rng(cfg.seed, step, 2, own.start + mine.start).initial_seed())
-            with model.no_sync() if WORLD > 1 and i + 1 < cfg.accum else contextlib.nullcontext():
-                with context:
-                    keys = ema.keys(*other, other_noise[mine]) if cfg.cl else None
-                    objective, numbers = model(x_0, labels, t[mine], noise[mine], keys)
-                scaler.scale(objective / cfg.accum).backward()
-            sums = sums + numbers / cfg.accum
-
-        # 3. The step. One whose gradient is not finite is skipped on the device: the CPU need not wait to look.
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        finite = norm.isfinite()
-        if not scaler.is_enabled():
-            optimizer.found_inf = (~finite).float()             # a fused optimizer reads this, as from GradScaler
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9))
-        if device.type != "mps" or finite:                      # MPS's optimizer does not read it
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        update_ema(ema, learner, cfg.ema, step + 1, cfg.ema_ramp)
-        bad = torch.where(finite, 0, bad + 1)
-        window += torch.where(finite, torch.cat([sums.new_ones(1), sums]), 0)
-        step += 1
-        bar.update()
-
-        # 4. The log, every step at first, then every tenth. Only here the CPU waits and processes agree to leave.
-        if step <= 50 or step % 10 == 0 or step == total or WORLD == 1 and told:
-            leave = torch.tensor(max(told, default=0), device=device)
-            if WORLD > 1:
-                dist.all_reduce(window)
-                dist.all_reduce(leave, dist.ReduceOp.MAX)
-            (count, loss, contrast, *quarters), leave, seconds = window.tolist(), int(leave), time.time() - logged
-            line = dict(step=step, epoch=round(step * cfg.batch / N, 4), loss=loss / count if count else None,
-                        loss_by_time=[a / n if n else None for a, n in zip(quarters[:4], quarters[4:])], lr=group["lr"],
-                        grad_norm=norm.item(), images_per_second=round(count / WORLD * cfg.batch / seconds, 1))
-            if cfg.cl:
-                line["contrast"] = contrast / count if count else None
-            log.append(line)
-            if RANK == 0:
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
-            if bad >= 10:
-                raise UserError(f"no finite gradient in {int(bad)} steps in a row, up to step {step}; they were "
-                                f"skipped and {out} left as last saved; start anew from there with a lower "
-                                f"--lr or --amp off: --init {out}/last.pt --out FOLDER")
-            window.zero_()
-            logged = time.time()
-
-        # 5. Files: after some epochs, every ten minutes, and at the end.
-        epoch = step * cfg.batch // N
-        if due(cfg.save_every):
-            save(f"ckpt_{epoch:04d}.pt", ema=ema.net)
-        if due(cfg.save_every) or leave or time.time() - saved > 600:
-            save("last.pt", **parts)
-            saved = time.time()
-        if due(cfg.sample_every):
-            grid = sample(ema.net, cfg, range(80))                 # drawn by all processes together
-            if RANK == 0:
-                save_grid(grid, out / f"samples_{epoch:04d}.png")
-                save_loss_plot(log, out / "loss.png")
-    return leave if step < total else 0
-
-
-# ---- 9. Interface for probe.py, fid.py and you  [same text in every script] ------------------------------------------
-
-LIMITS = dict(seed=(0, 2**32 - 1), dropout=(0, 0.99), epochs=(1, 10**6), steps=(0, 10**9), batch=(1, 10**6),
-              accum=(1, 10**6), size=(8, 1024), lr=(0, 1), warmup=(0, 10**6), beta1=(0, 0.9999), beta2=(0, 0.99999),
-              weight_decay=(0, 1), ema=(0, 0.999999), aug=(0, 1), cl=(0, 1), cl_hidden=(1, 2**16),
-              save_every=(1, 10**6), sample_every=(1, 10**6))
+FIELDS = [f.name for f in dataclasses.fields(Config)]
 
 
 def make_config(dataset="glyphs", **overrides):
-    """The recipe of a data set, with changes. UserError, a ValueError, names what is wrong and what would do."""
-    fields = [f.name for f in dataclasses.fields(Config)]
-    if unknown := set(overrides) - set(fields):
-        raise UserError(f"unknown field {min(unknown)}; there are {', '.join(fields)}")
-    if dataset not in RECIPES:
-        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(RECIPES)}")
+    """The recipe of a data set, with changes. UserError says what is wrong and what would do."""
+    for name in overrides:
+        if name not in FIELDS:
+            raise UserError(f"unknown field {name}; there are {', '.join(FIELDS)}")
+    check("dataset", dataset, RECIPES)
     recipe = {**RECIPES[dataset], **overrides}
     backbone = recipe.get("backbone", Config.backbone)
-    special = recipe.get(backbone, {}) if backbone in Backbone.sizes else {}
-    cfg = Config(dataset, **{k: v for k, v in {**recipe, **special, **overrides}.items() if k in fields})
+    check("backbone", backbone, Network.sizes)
+    recipe.update(recipe.get(backbone, {}))                         # what differs with it
+    if recipe.get("uncond"):
+        recipe.update(recipe.get("unconditional", {}))
+    recipe.update(overrides)
+    cfg = Config(dataset, **{name: recipe[name] for name in FIELDS if name in recipe})
     cfg.size = cfg.size or DATASETS[dataset][1]
-    words = [Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset, cfg.self_cond]
-    words += [f"{k}_{overrides[k]}" for k in fields if k in overrides and k not in {*FREE, "self_cond", "seed"}]
-    cfg.out = cfg.out or f"runs/{SCRIPT}-{'-'.join(words)}-s{cfg.seed}"
-    for f in dataclasses.fields(Config):
-        if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
-            raise UserError(f"--{f.name} {getattr(cfg, f.name)!r}: must be of type {f.type.__name__}")
-    for name, (low, high) in {**LIMITS, **Diffusion.limits}.items():
-        if not low <= getattr(cfg, name) <= high:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must lie between {low} and {high}")
-    for name in ("aug_mask", "cl_head", "cl_target", "cl_feature"):
-        switch = name.split("_")[0]
-        if getattr(cfg, name, None) != getattr(Config, name, None) and not getattr(cfg, switch):
-            raise UserError(f"--{name} {getattr(cfg, name)}: does nothing without --{switch}")
-    choices = dict(backbone=Backbone.sizes, cl_head=("time", "plain"), cl_target=("probe", "min"),
-                   device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
-    if dataset in ("glyphs", "fashion_mnist", "cifar10", "cifar100"):
-        choices |= dict(size=(32, 16) if dataset == "fashion_mnist" else DATASETS[dataset][1:2])
-    choices |= Backbone.choices(cfg) if cfg.backbone in Backbone.sizes else {}
-    for name, values in choices.items():
-        if getattr(cfg, name) not in values:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(map(str, values))}")
+    common = dict(cl_head=("time", "plain"), cl_target=("probe", "min"),
+                  device=("auto", "cuda", "cpu", "mps"), amp=("auto", "off", "bf16", "fp16"))
+    for name, values in {**common, **choices(cfg)}.items():
+        check(name, getattr(cfg, name), values)
+    named = Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset
+    other = [name for name in overrides if name not in (*FREE, "self_cond", "seed")]
+    words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
+    cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg
 
 
+def check(name, value, values):
+    if value not in values:
+        words = [str(v) for v in values]
+        more = ", ..." if len(words) > 40 else ""
+        raise UserError(f"--{name} {value}: must be one of {', '.join(words[:40])}{more}")
+
+
+def unet_layers(cfg):
+    """The names of the features, in order of computation."""
+    _, multiples, depth, _, _ = UNet.sizes[cfg.backbone]
+    return [f"out_{k}" for k in range(1, len(multiples) * (depth + 1) + 1)]
+
+
+def unet_choices(cfg):
+    """The values that some fields may take, given the others."""
+    multiple = 2 ** (len(UNet.sizes[cfg.backbone][1]) - 1)
+    names = unet_layers(cfg)
+    if cfg.self_cond != "none":
+        names = names[:-1]                                          # the last could condition none
+    return dict(size=range(multiple, 1025, multiple), layer=names,
+                self_cond=("adaptive", "adaptive1", "add", "none"))
+
+
+def unet_from_official(net, state):
+    """Ours, or the averaged weights of the public DDAE code: {MODEL, EMA, opt}."""
+    prefix = "ema_model.nn_model."
+    if "EMA" in state:
+        state = {k: v for k, v in state["EMA"].items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix).removeprefix("nn_model."): v for k, v in state.items()}
+
+
+layers, choices, from_official = unet_layers, unet_choices, unet_from_official
+
+
 def build_net(cfg):
-    """The network of a config in float32 on the CPU, with random weights from torch's global generator."""
-    net = Backbone(cfg)
+    """The network of a config in float32 on the CPU, weights from torch's global generator."""
+    net = Network(cfg)
     net.cfg = cfg
     return net
 
 
-def load_weights(net, path, weights="ema"):
-    """Fills net from a state_dict with the official names or from a checkpoint. Every tensor must be there and fit."""
-    state = read_checkpoint(path)
+def load_weights(net, path, weights="ema", start=False):
+    """Fills net from a checkpoint, or from a state_dict with the official names. All must be there
+    and fit, but for what self-conditioning adds to a network that was trained without it: that
+    begins without effect, W = 0, and is named. start: buffers, which describe the data, stay."""
+    state, own = read_checkpoint(path), net.state_dict()
     try:
-        if "script" not in state and hasattr(net, "from_official"):
-            state = net.from_official(state)
-        net.load_state_dict(state.get(weights, state))
+        state = from_official(net, state.get(weights, state))
+        added = [k for k in own if k.startswith(("sc_", "cls_token")) and k not in state]
+        for name in added:                                          # [SC]
+            idle = name.startswith(("sc_proj", "cls_token"))
+            state[name] = torch.zeros_like(own[name]) if idle else own[name]
+        trained = dict(net.named_parameters())
+        kept = {k: v for k, v in own.items() if start and k not in trained}
+        net.load_state_dict({**state, **kept})
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
-
-
-def read_config(path, *parts):
-    """The config of a checkpoint, which must be of this script and hold these parts."""
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != SCRIPT or not {"config", *parts} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {' and '.join(parts)} weights")
-    try:
-        return make_config(**state["config"])
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path} has settings that are none ({error})")
+    if added and RANK == 0:
+        print(f"{path} has no {', '.join(added)}: new, without effect at first")
 
 
 def load_checkpoint(path, weights="ema"):
-    """(cfg, net in eval mode) of a checkpoint of this script. weights: 'ema', or 'model', the raw ones (in last.pt)."""
-    cfg = read_config(path, weights)
+    """(cfg, net in eval mode) of a checkpoint of this script; weights: 'ema', or 'model', the raw
+    ones in last.pt."""
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
+        raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
+    cfg = make_config(**state["config"])
     net = build_net(cfg)
     load_weights(net, path, weights)
     return cfg, net.eval()
 
 
-@torch.no_grad()
-def features(net, x, t, noise, last=None, place=None):
-    """Pooled features of images x at time t: {layer: (B, D) float32}, in the order of computation. x (B, C, H, W) in
-    [-1, 1]; noise like x; t a number, the formulation's own time; the net stops after the layer `last`. With place
-    (B,) in [0, 1), also those of one position of each image, token_k."""
-    low, high = Diffusion.limits["t_probe"]
-    if not low <= t <= high:
-        raise UserError(f"t = {t}: must lie between {low} and {high}; net.cfg.t_probe is {net.cfg.t_probe}")
-    diffusion, t = Diffusion(net.cfg), torch.full((len(x),), t, device=x.device)
-    last = last or Backbone.choices(net.cfg)["layer"][-1]
-    return net(*diffusion.inputs(diffusion.add_noise(x, t, noise), t), last=last, place=place)
-
-
-def sample(net, cfg, seeds, progress=False):
-    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i] alone: not of the other seeds, nor of the
-    number of processes, which share the work and all get all images. So the net always sees the same number of rows,
-    if need be with idle ones: at other sizes other kernels run, which round differently. Sets net.nfe, the mean number
-    of network evaluations per image."""
-    device, seeds, C, S = next(net.parameters()).device, list(seeds), DATASETS[cfg.dataset][0], cfg.size
-    images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
-    evaluations = torch.zeros(len(seeds), device=device)
-    mine, group = list(range(RANK, len(seeds), WORLD)), 64 if device.type == "cuda" else 16
-    quiet = None if progress and RANK == 0 else True        # None: only where stderr is no terminal
-    for i in tqdm(range(0, len(mine), group), desc="sampling", unit=f"{group} images", disable=quiet):
-        rows = mine[i:i + group]
-        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + [0] * (group - len(rows)))
-        images[rows], evaluations[rows] = drawn[:len(rows)], nfe[:len(rows)]
-    if WORLD > 1:
-        dist.all_reduce(images)     # the other processes' rows are zero
-        dist.all_reduce(evaluations)
-    net.nfe = evaluations.mean().item()
-    return images.cpu()
-
-
-# ---- 10. Command line  [same text in every script] -------------------------------------------------------------------
-
-def fail(error):
-    """Ends a run for which the user or the machine is to blame: one line, status 2. Our own bugs are raised."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError):
-        if re.search("out of memory|allocate memory|ALLOC_FAILED", text):
-            text = f"out of memory; training needs less with a larger --accum or a smaller --batch ({text[:120]})"
-        elif WORLD > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
-            text = (f"process {RANK} has lost another one or cannot reach it ({text[:120]}); the same command goes on "
-                    "from last.pt, if there is one")
-        else:
-            raise error
-    if LOCAL_RANK == 0 or isinstance(error, (OSError, RuntimeError)):       # others are seen by all processes
-        tqdm.write(f"{SCRIPT}: {text}", file=sys.stderr)        # tqdm ends its bar's line first
-    if WORLD > 1:       # to leave the group would be to wait for those who wait for this one
-        sys.stderr.flush()
-        os._exit(2)
-    sys.exit(2)
-
-
 def parse_command_line(argv):
-    """Every field of Config is a flag. Returns the fields that were given, and the other options."""
+    """Every field of Config is a flag, its comment the help. -> (the fields given, all options)."""
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for f in dataclasses.fields(Config):
         kind = dict(type=f.type, metavar=f.type.__name__)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=helps[f.name].replace("%", "%%"), **kind)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--sample", metavar="CKPT", help="draw images from a checkpoint, for the seeds from --seed on")
-    parser.add_argument("--n", "--images", type=int, help="how many (80); torchrun would take --n for its own")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1, cutoff=0.7)
-        fail(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ';'} --help lists all")
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}, args
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
+                            help=helps[f.name].replace("%", "%%"), **kind)
+    parser.add_argument("--sample", metavar="CKPT", help="draw images, of the seeds from --seed on")
+    parser.add_argument("--n", "--images", type=int, default=80, help="how many (80)")
+    args = parser.parse_args(argv)
+    return {name: value for name, value in vars(args).items() if name in FIELDS}, args
 
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    if idle := set(given) - {*"seed nfe tol shift guidance guide_until vae device amp".split()}:
-        raise UserError(f"--{min(idle)} does nothing with --sample")
-    n = 80 if args.n is None else args.n
-    if n < 1:
-        raise UserError(f"--n {n}: must be at least 1")
     cfg, net = load_checkpoint(args.sample)
     cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, **given})
-    net.to(start(cfg))
-    images = sample(net, cfg, range(cfg.seed, cfg.seed + n), progress=True)
+    images = sample(net.to(start(cfg)), cfg, range(cfg.seed, cfg.seed + args.n), progress=True)
+    words = [f"{name}_{value}" for name, value in given.items() if name not in (*FREE, "seed")]
+    words.append(f"seeds{cfg.seed}-{cfg.seed + args.n - 1}.png")
+    path = f"{Path(args.sample).with_suffix('')}_{'_'.join(words)}"
     if RANK == 0:
-        path = f"{Path(args.sample).with_suffix('')}_seeds{cfg.seed}-{cfg.seed + n - 1}.png"
         save_grid(images, path)
-        print(f"{path}: {n} images from the ema weights, {net.nfe:g} network evaluations each")
+        print(f"{path}: {args.n} images from the ema weights, {net.nfe:g} network evaluations each")
+
+
+def fail(error):
+    """Ends the run for something that the user can mend: one line, status 2."""
+    if LOCAL_RANK > 0:
+        time.sleep(5)                                               # the first process says it
+    tqdm.write(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)
+    leave(2)
+
+
+def leave(status):
+    """Ends the process. One of several goes at once: gloo's threads outlive its group, and to take
+    leave of the others would be to wait for those who wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if WORLD > 1 else sys.exit(status)
 
 
 def main(argv=None):
@@ -1428,34 +1436,18 @@ def main(argv=None):
     try:
         if args.sample:
             return sample_command(given, args)
-        if args.n is not None:
-            raise UserError("--n goes with --sample")
         cfg = make_config(**given)
-        if args.resume:
-            settings = dataclasses.asdict(read_config(Path(cfg.out) / "last.pt", "model"))
-            cfg = make_config(**{**settings, "out": cfg.out, **given})
-        signal_number = train(cfg)
-        if RANK == 0:
-            tiny = " --detector tiny" * (cfg.dataset in ("glyphs", "fashion_mnist"))    # Inception knows photographs
-            print(f"saved {cfg.out}/last.pt; the same command goes on from there" if signal_number else
-                  f"done: look at {cfg.out}/samples_*.png and loss.png, then\n"
-                  f"  python probe.py {cfg.out}/last.pt\n  python fid.py {cfg.out}/last.pt{tiny}")
-        return 128 + signal_number if signal_number else 0
-    except (UserError, OSError, RuntimeError) as error:
+        number = train(cfg)
+    except UserError as error:
         fail(error)
-    except KeyboardInterrupt:       # while data are read or images drawn; train() has its own way to leave
-        print(f"{SCRIPT}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        if dist.is_initialized() and not sys.exc_info()[0]:     # NCCL would wait for the others, and hide the error
-            dist.destroy_process_group()
+    if RANK == 0 and number:
+        print(f"saved {cfg.out}/last.pt; the same command goes on from there")
+    elif RANK == 0:
+        tiny = " --detector tiny" if cfg.dataset in ("glyphs", "fashion_mnist") else ""
+        print(f"done: look at {cfg.out}/samples_*.png, then\n  python probe.py {cfg.out}/last.pt\n"
+              f"  python fid.py {cfg.out}/last.pt{tiny}")
+    return 128 + number if number else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SystemExit as end:
-        if WORLD > 1:       # gloo's threads outlive its group, and now and then abort Python when it takes itself apart
-            sys.stdout.flush()
-            os._exit(end.code or 0)
-        raise
+    leave(main() or 0)

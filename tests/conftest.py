@@ -1,6 +1,8 @@
-"""What several tests need: the scripts as modules, small archives of the true format, and runs as a user starts them."""
+"""What several tests need: the scripts as modules, a small network and small data for each, small
+archives of the true format, and runs in processes of their own."""
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -14,53 +16,182 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc") if (ROOT / f"{name}.py").exists()]
-PIXEL = [name for name in SCRIPTS if name != "dit_latent_sc"]
-RUN = dict(batch=8, nfe=2, epochs=2, warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
-SMALL = dict(RUN, dataset="cifar100", backbone="uvit_tiny", patch=8)            # uvit_sc.py: 16 patches
-SMALL_UNET = dict(RUN, dataset="folder", size=8, backbone="unet_tiny", layer="out_3")
-SMALL_DIT = dict(RUN, dataset="folder", size=16, tokenizer="unshuffle", cell=4, classes=4, backbone="dit_tiny", layer="block_3")
+UNETS = ["ddpm_sc", "edm_sc", "rf_sc"]
+PIXEL = [*UNETS, "uvit_sc"]
+SCRIPTS = [*PIXEL, "dit_latent_sc"]
+
+# A network that takes a few milliseconds a step, by the name "small" in every script: 2 levels with
+# out_1 to out_4; 4 blocks with out_1 and out_2; 3 blocks.
+SIZES = {"UNet": (16, (1, 2), 1, False, 8), "UViT": (64, 4, 4), "DiT": (3, 64, 4)}
+# Runs are the same whatever the recipes say: fields that change a loss are named here.
+RUN = dict(dataset="glyphs", backbone="small", batch=8, epochs=2, warmup=0.0, lr=1e-3, beta1=0.9,
+           beta2=0.99, weight_decay=0.03, clip=1.0, ema=0.999, dropout=0.0, flip=True, nfe=2,
+           cl_hidden=32, device="cpu", amp="off", save_every=0, sample_every=0)
+OWN = {"UNet": dict(layer="out_2"), "UViT": dict(layer="out_1", patch=4, pos_init="sincos"),
+       "DiT": dict(layer="block_2", tokenizer="unshuffle", cell=4, class_drop=0.1)}
+ALONE = {"ddpm_sc": dict(time_scale=0.001, t_probe=11), "uvit_sc": dict(time_scale=1.0)}
+
+# For tests of probe.py, fid.py and the data: networks of the first runs.
+SMALL = dict(dataset="cifar100", backbone="uvit_tiny", patch=8, batch=8, nfe=2, epochs=2,
+             warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="only what is marked slow: hundreds of faults, a quarter of an hour")
+def load(name):
+    """A script as a module that knows the small network."""
+    script = importlib.import_module(name)
+    script.Network.sizes["small"] = SIZES[script.Network.__name__]
+    return script
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: not run unless --slow is given, and then alone")
-
-
-def pytest_collection_modifyitems(config, items):
-    slow = [item for item in items if "slow" in item.keywords]
-    chosen = slow if config.getoption("--slow") else [item for item in items if item not in slow]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)    # two processes side by side must not fight for the cores, and small nets gain nothing
+def only(*names):
+    """Runs a test with these scripts instead of all."""
+    return pytest.mark.parametrize("script", names, indirect=True)
 
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
-    return importlib.import_module(request.param)
+    return load(request.param)
 
+
+def small_config(script, **fields):
+    settings = {**RUN, **OWN[script.Network.__name__], **ALONE.get(script.SCRIPT, {}), **fields}
+    return script.make_config(**settings)
+
+
+def small_net(script, scale=0.05, **fields):
+    """A small network, in eval mode, whose every weight matters."""
+    torch.manual_seed(0)
+    net = script.build_net(small_config(script, **fields)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=scale)
+    return net
+
+
+def random_data(script):
+    """64 random images of 16 x 16 pixels, or latents of such images; 10 classes."""
+    rng = np.random.RandomState(0)
+    labels = torch.from_numpy(rng.randint(0, 10, 64)).long()
+    if script.Network.__name__ == "DiT":
+        latents = rng.randint(-256, 257, (64, 2, 48, 4, 4)) / 128
+        return torch.from_numpy(latents).half(), labels
+    return torch.from_numpy(rng.randint(0, 256, (64, 3, 16, 16), np.uint8)), labels
+
+
+def use_random_data(script, replace=setattr):
+    """Training reads random_data from now on, no files."""
+    replace(script, "load_data", lambda cfg, train: random_data(script))
+    no_statistics(replace)
+
+
+def no_statistics(replace=setattr):
+    """Networks for latents are built without files."""
+    dit = load("dit_latent_sc")
+
+    def statistics(cfg):
+        C = dit.latent_shape(cfg)[0]
+        return torch.zeros(C), torch.ones(C)
+    replace(dit, "latent_statistics", statistics)
+
+
+@pytest.fixture
+def config(request, tmp_path, monkeypatch):
+    """A function that makes the config of a run of seconds, with changes."""
+    script = request.getfixturevalue("script")
+    use_random_data(script, monkeypatch.setattr)
+    out = str(tmp_path / "run")
+    return lambda **fields: small_config(script, **{"out": out, **fields})
+
+
+def rounding(largest, additions):
+    """The error of a float32 result that needs so many additions, one after another, of terms up to
+    `largest`: half an ulp each, all in one direction. Any order, on any CPU, stays within it."""
+    return largest * additions * 2.0 ** -24
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+def final(out):
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [line["loss"] for line in log(out)]
+
+
+def same(a, b):
+    """Whether nested containers of tensors and plain values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def flags(fields):
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def start(words, processes=1, **kwargs):
+    """Starts python, or torchrun with so many processes, one thread each."""
+    command = [sys.executable, *words]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment, **kwargs)
+
+
+def launch(script, arguments, processes=1, **kwargs):
+    """Starts a script as a user does."""
+    return start([str(ROOT / f"{script}.py"), *map(str, arguments)], processes, **kwargs)
+
+
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def ends_with_one_line(script, arguments, capsys):
+    """Runs main, expects status 2 and a single line on stderr, and returns that line."""
+    with pytest.raises(SystemExit) as caught:
+        script.main(list(map(str, arguments)))
+    err = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in err if line.strip() and not line.startswith("note: ")]
+    lines = [line for line in lines if "step/s" not in line]            # the bar of the steps
+    assert caught.value.code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"{script.SCRIPT}: ")
+    return lines[0]
+
+
+# ---- Data ----------------------------------------------------------------------------------------
 
 def write_cifar(folder, n=64):
-    """Both CIFAR archives in their true binary format, with n random training and n // 2 test images each (n / 5 a batch)."""
+    """Both CIFAR archives in their true binary format, with n random training images (n / 5 a file)
+    and n // 2 test images each."""
     rng = np.random.RandomState(0)
 
     def records(count, head, classes):
         labels = rng.randint(0, classes, (count, head)).astype(np.uint8)
-        return np.concatenate([labels, rng.randint(0, 256, (count, 3072), np.uint8)], axis=1).tobytes()
+        pixels = rng.randint(0, 256, (count, 3072), np.uint8)
+        return np.concatenate([labels, pixels], axis=1).tobytes()
 
-    layout = {"cifar-100-binary.tar.gz": {"cifar-100-binary/train.bin": records(n, 2, 20), "cifar-100-binary/test.bin": records(n // 2, 2, 20)},
-              "cifar-10-binary.tar.gz": {"cifar-10-batches-bin/test_batch.bin": records(n // 2, 1, 10), **{
-                  f"cifar-10-batches-bin/data_batch_{i}.bin": records(n // 5, 1, 10) for i in range(1, 6)}}}
+    ten = {f"cifar-10-batches-bin/data_batch_{i}.bin": records(n // 5, 1, 10) for i in range(1, 6)}
+    ten["cifar-10-batches-bin/test_batch.bin"] = records(n // 2, 1, 10)
+    hundred = {"cifar-100-binary/train.bin": records(n, 2, 20),
+               "cifar-100-binary/test.bin": records(n // 2, 2, 20)}
     folder.mkdir(parents=True, exist_ok=True)
-    for archive, members in layout.items():
-        with tarfile.open(folder / archive, "w:gz") as tar:
+    for archive, members in (("cifar-10-binary", ten), ("cifar-100-binary", hundred)):
+        with tarfile.open(folder / f"{archive}.tar.gz", "w:gz") as tar:
             for name, data in members.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -75,46 +206,36 @@ def cifar(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder of class folders: 64 images of 12 x 10 pixels for training, 32 for testing."""
+    """Class folders: 64 images of 12 x 10 pixels for training, 32 for testing."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
     for split, n in (("train", 16), ("val", 8)):
         for name in "abcd":
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.randint(0, 256, (10, 12, 3), np.uint8)).save(root / split / name / f"{i}.png")
+                image = Image.fromarray(rng.randint(0, 256, (10, 12, 3), np.uint8))
+                image.save(root / split / name / f"{i}.png")
     return root
 
 
-@pytest.fixture
-def small(request, cifar, photos, tmp_path):
-    """Fields of a run that takes a second: few images, few pixels or patches, two network evaluations per image."""
-    script = request.getfixturevalue("script") if "script" in request.fixturenames else None
-    if script and script.Backbone.__name__ == "UNet":
-        return dict(SMALL_UNET, data_dir=str(photos), out=str(tmp_path / "run"))
-    if script and script.Backbone.__name__ == "DiT":
-        return dict(SMALL_DIT, data_dir=str(photos), out=str(tmp_path / "run"))
-    return dict(SMALL, data_dir=str(cifar), out=str(tmp_path / "run"))
+# ---- pytest --------------------------------------------------------------------------------------
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="only what is marked slow")
 
 
-def flags(fields):
-    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not run unless --slow is given, and then alone")
+    config.addinivalue_line("markers", "numeric: results that depend on how a CPU rounds; .ci/run "
+                            "runs them once more without AVX-512")
 
 
-def launch(script, arguments, processes=1, **kwargs):
-    """Starts a script as a user does, with python or torchrun, one thread each."""
-    command = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [str(ROOT / f"{script}.py"), *map(str, arguments)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs)
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--slow")
+    chosen = [item for item in items if ("slow" in item.keywords) == wanted]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
-def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
-
-
-def losses(run):
-    import json
-    return [json.loads(line)["loss"] for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)    # small networks gain nothing from more, and the bits are the same

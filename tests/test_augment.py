@@ -1,27 +1,41 @@
-"""Non-leaky augmentation: what it does to images, how often, and that its labels stay where they belong."""
+"""Non-leaky augmentation: what it does to images, how often, and that its labels stay where they
+belong. One text in the four pixel scripts; latents: test_dit.py."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import ddpm_sc
-import uvit_sc
-from conftest import PIXEL, SMALL, SMALL_UNET
+from conftest import PIXEL, load, only, rounding, small_config, small_net
 
-NAMES = "xflip yflip scale rotate aniso aniso_angle translate_x translate_y".split()
+pytestmark = pytest.mark.numeric
+script = load("uvit_sc")
+COLUMNS = "flip xflip yflip scale rotate aniso aniso_angle translate_x translate_y".split()
 
 
-def params(n=1, **values):
-    return {name: torch.full((n,), float(values.get(name, 0))) for name in NAMES}
+def view_of(n=1, **values):
+    return torch.stack([torch.full((n,), float(values.get(name, 0))) for name in COLUMNS], dim=1)
+
+
+def resampled(S):
+    """Rounding errors of a resampled image. It is S wide, 6 S on the canvas: places there are off
+    by 8 sums' worth, and from pixel to pixel values differ by up to 2. Four matrices of 12 taps
+    then."""
+    return 2 * rounding(6 * S, 8) + rounding(2, 4 * 12)
+
+
+def random_images(n, S):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, S, S), dtype=torch.uint8, generator=generator)
 
 
 def smooth(place, S):
-    """A function of the plane, (2, ...) pixels from the middle of an image -> three channels, that goes on beyond the
-    border as reflection does: a cosine of half periods of S - 1 pixels along each axis. Not symmetric in any way."""
+    """A function of the plane, (2, ...) pixels from the middle of an image -> three channels, that
+    goes on beyond the border as reflection does: a cosine of half periods of S - 1 pixels along
+    each axis. Not symmetric in any way."""
     x, y = (place + (S - 1) / 2) * math.pi / (S - 1)
     waves = [(x, 0 * y), (2 * x, y), (x, 3 * y)]
-    return torch.stack([(0.3 * k + 0.4) * a.cos() * b.cos() for k, (a, b) in enumerate(waves)])
+    return torch.stack([(0.3 * k + 0.3) * a.cos() * b.cos() for k, (a, b) in enumerate(waves)])
 
 
 def grid(S):
@@ -29,200 +43,167 @@ def grid(S):
     return torch.stack([axis.expand(S, S), axis[:, None].expand(S, S)])      # x, y of each pixel
 
 
+IMAGE = script.to_uint8(smooth(grid(32), 32))[None]
+BYTE = 1 / 255                              # what is lost by a uint8 image in [-1, 1]
+
+
 def test_identity():
-    x = torch.rand(4, 3, 16, 16) * 2 - 1
-    y, labels = ddpm_sc.apply_augment(x, params(4))
-    assert torch.equal(x, y) and torch.equal(labels, torch.zeros(4, 9))
-    tiny = dict(translate_x=1e-6)           # forced through the resampling, which is the identity by itself
-    assert (ddpm_sc.apply_augment(x, params(4, **tiny))[0] - x).abs().max() < 1e-4
+    """Zeros leave an image and its labels as they are, bit for bit; resampling by a millionth of a
+    pixel, in which values differ by up to 2, does so but for rounding."""
+    x = random_images(4, 16)
+    y, aug = script.make_view(x, torch.zeros(4, 9))
+    assert y.dtype == torch.float32 and torch.equal(y, script.to_float(x)) and not aug.any()
+    y, _ = script.make_view(x, view_of(4, translate_x=5e-7))
+    assert (y - script.to_float(x)).abs().max() < resampled(16) + 2e-6
 
 
-def test_mirrors_are_exact():
-    x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(ddpm_sc.apply_augment(x, params(2, xflip=1))[0], x.flip(-1))
-    assert torch.equal(ddpm_sc.apply_augment(x, params(2, yflip=1))[0], x.flip(-2))
+@pytest.mark.parametrize("name, axis, told", [("flip", -1, False), ("xflip", -1, True),
+                                              ("yflip", -2, True)])
+def test_mirrors_are_exact(name, axis, told):
+    """Bit for bit. The flip of Table 11 is no augmentation: the network is not told."""
+    x = random_images(2, 16)
+    y, aug = script.make_view(x, view_of(2, **{name: 1}))
+    assert torch.equal(y, script.to_float(x.flip(axis))) and aug.any() == told
 
 
 @pytest.mark.parametrize("quarter", [1, 2, 3])
 def test_quarter_turns(quarter):
-    """Against rot90: counter-clockwise as one sees it. SYM6 is not quite symmetric: twice as large, an image lies
-    0.1 of its pixels aside, so what is turned by 180 degrees shifts by 0.1 pixels, here by up to 0.029 of 2."""
-    x = smooth(grid(32), 32)[None]
+    """Against rot90: counter-clockwise as one sees it. SYM6 is not quite symmetric: what is turned
+    by 180 degrees lies 0.1 pixels aside, here by up to 0.029 of 2."""
+    x = script.to_float(IMAGE)
     for angle in (quarter * math.pi / 2, quarter * math.pi / 2 - 2 * math.pi):
-        y, labels = ddpm_sc.apply_augment(x, params(rotate=angle))
-        assert (y - torch.rot90(x, quarter, (2, 3))).abs().max() < 0.03
-        assert torch.allclose(labels[0, 3:5], torch.tensor([math.cos(angle) - 1, math.sin(angle)]), atol=1e-6)
+        y, aug = script.make_view(IMAGE, view_of(rotate=angle))
+        assert (y - torch.rot90(x, quarter, (2, 3))).abs().max() < 0.03 + BYTE
+        expected = torch.tensor([math.cos(angle) - 1, math.sin(angle)])
+        assert (aug[0, 3:5] - expected).abs().max() < 2 ** -20      # the angle is rounded to 2^-22
 
 
 @pytest.mark.parametrize("dx, dy", [(4, 0), (0, -3), (5, 2)])
 def test_integer_shifts(dx, dy):
-    """Against slices of the image continued by reflection. Right and down are positive."""
-    x = smooth(grid(32), 32)[None]
-    y, _ = ddpm_sc.apply_augment(x, params(translate_x=dx / 4, translate_y=dy / 4))       # units of 32 / 8 pixels
-    wide = F.pad(x, (8, 8, 8, 8), mode="reflect")
-    assert (y - wide[..., 8 - dy:40 - dy, 8 - dx:40 - dx]).abs().max() < 1e-4
+    """Against slices of the image continued by reflection, but for rounding: the two filters undo
+    each other. Right and down are positive; the unit is an eighth of the image."""
+    x = random_images(1, 32)
+    y, _ = script.make_view(x, view_of(translate_x=dx / 4, translate_y=dy / 4))
+    wide = F.pad(script.to_float(x), (8, 8, 8, 8), mode="reflect")
+    assert (y - wide[..., 8 - dy:40 - dy, 8 - dx:40 - dx]).abs().max() < resampled(32)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_scaling(factor):
-    """Twice as large, and half as large, as values of the function at other places."""
-    x = smooth(grid(32), 32)[None]
-    y, _ = ddpm_sc.apply_augment(x, params(scale=math.log2(factor) / 0.2))
-    assert (y - smooth(grid(32) / factor, 32)).abs().max() < 0.02
+    """Half or twice as large: values of the function at other places, as well as SYM6 finds
+    them."""
+    y, _ = script.make_view(IMAGE, view_of(scale=math.log2(factor) / 0.2))
+    assert (y - smooth(grid(32) / factor, 32)).abs().max() < 0.02 + BYTE
 
 
 def test_all_at_once():
-    """Any transformation, composed step by step in float64: what the output shows at z stood in the input at G z."""
-    generator = torch.Generator().manual_seed(0)
-    S, p = 32, ddpm_sc.draw_augment(40, 1, generator)
-    p = {name: values * 0.5 if name not in ("xflip", "yflip", "rotate", "aniso_angle") else values for name, values in p.items()}
-    x = smooth(grid(S), S)
-    y, _ = ddpm_sc.apply_augment(x.expand(40, -1, -1, -1), p)
-    for k in range(40):
-        v = {name: values[k].double() for name, values in p.items()}
-        turn = lambda a: torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]])
+    """Any transformation, composed step by step in float64: what the output shows at z stood in the
+    input at G z; as well as SYM6 finds it, 0.05 of 2."""
+    S, n = 32, 40
+    view = script.draw_view(small_config(script, batch=n, aug=1.0), script.rng(0))
+    view[:, 0] = 0
+    for k in (3, 5, 7, 8):                  # half as far: most of it stays within one reflection
+        view[:, k] *= 0.5
+    y, _ = script.make_view(IMAGE.expand(n, -1, -1, -1), view)
+    _, xflip, yflip, scale, rotate, aniso, angle, move_x, move_y = view.double().unbind(dim=1)
+    for k in range(n):
         place = grid(S).double().flatten(1)
-        place = place - S / 8 * torch.stack([v["translate_x"], v["translate_y"]])[:, None]       # undo one after another,
-        place = turn(v["aniso_angle"]) @ place                                                   # the last first
-        place = torch.diag(torch.stack([2 ** (-0.2 * v["aniso"]), 2 ** (0.2 * v["aniso"])])) @ place
-        place = turn(-v["aniso_angle"]) @ place
-        place = turn(v["rotate"]) @ place * 2 ** (-0.2 * v["scale"])
-        place = place * (1 - 2 * torch.stack([v["xflip"], v["yflip"]]))[:, None]
-        inside = (place.abs() < S).all(dim=0).view(S, S)                                         # one reflection reaches there
+        place = place - S / 8 * torch.stack([move_x[k], move_y[k]])[:, None]    # undo one after
+        stretch = 2 ** (0.2 * torch.stack([-aniso[k], aniso[k]]))               # another, the
+        place = stretch[:, None] * (script.rotation(angle[k:k + 1])[0] @ place)     # last first
+        place = script.rotation(-angle[k:k + 1])[0] @ place
+        place = script.rotation(rotate[k:k + 1])[0] @ place * 2 ** (-0.2 * scale[k])
+        place = place * (1 - 2 * torch.stack([xflip[k], yflip[k]]))[:, None]
+        inside = (place.abs() < S).all(dim=0).view(S, S)            # one reflection reaches there
         error = (y[k] - smooth(place.view(2, S, S), S)).abs().amax(dim=0)[inside]
-        assert inside.float().mean() > 0.9 and error.max() < 0.05, (k, error.max())
+        assert inside.float().mean() > 0.9 and error.max() < 0.05 + BYTE, k
 
 
-def test_an_image_depends_on_its_own_parameters_alone():
-    generator = torch.Generator().manual_seed(0)
-    x, p = torch.rand(12, 3, 16, 16), ddpm_sc.draw_augment(12, 0.5, generator)
+@only(*PIXEL)
+def test_views(script):
+    """An image depends on its own row alone, so that views are the same for any division of a
+    batch: labels and mirrors bit for bit, resampled images but for rounding. The images that are
+    given stay as they are."""
+    cfg = small_config(script, batch=16, aug=0.3)
+    x, view = random_images(16, 16), script.draw_view(cfg, script.rng(1))
     before = x.clone()
-    together, labels = ddpm_sc.apply_augment(x, p)
-    assert torch.equal(x, before)           # the caller's images stay as they are
-    for k in range(12):
-        alone, label = ddpm_sc.apply_augment(x[k:k + 1], {name: values[k:k + 1] for name, values in p.items()})
-        assert (alone[0] - together[k]).abs().max() < 1e-5 and torch.equal(label[0], labels[k])
+    whole, labels = script.make_view(x, view)
+    plain = (labels[:, 2:] == 0).all(dim=1)
+    assert labels.shape == (16, 9) and plain.any() and not plain.all()
+    for rows in (*(slice(k, k + 1) for k in range(16)), slice(0, 8), slice(8, 16)):
+        part, label = script.make_view(x[rows], view[rows])
+        assert (part - whole[rows]).abs().max() < resampled(16) and torch.equal(label, labels[rows])
+        assert torch.equal(part[plain[rows]], whole[rows][plain[rows]])
+    assert torch.equal(x, before)
+    view = script.draw_view(small_config(script, batch=16), script.rng(1))
+    assert not view[:, 1:].any() and 0 < view[:, 0].sum() < 16
+    view = script.draw_view(small_config(script, batch=64, aug=1.0, flip=False), script.rng(1))
+    assert not view[:, :3].any() and view[:, 3].all()       # digits have no mirror image
 
 
 @pytest.mark.parametrize("p", [0.12, 1.0])
 def test_distributions(p):
-    """Shares and moments of 40,000 draws against their expectations, within four standard errors."""
-    n, q = 40000, ddpm_sc.draw_augment(40000, p, torch.Generator().manual_seed(1))
-    label = ddpm_sc.augment_label(q)
+    """Shares and moments of 40,000 draws against their expectations, within four standard
+    errors."""
+    n = 40_000
+    view = script.draw_view(small_config(script, batch=n, aug=p), script.rng(1))
+    _, label = script.make_view(torch.zeros(n, 1, 1, 1, dtype=torch.uint8),
+                                torch.cat([view[:, :3], torch.zeros(n, 6)], dim=1))
+    assert torch.equal(label[:, :2], view[:, 1:3])
 
     def near(values, mean, std):
         assert abs(values.double().mean().item() - mean) < 4 * std / n ** 0.5 + 1e-9
-    shares = dict(xflip=0.5, yflip=p / 2, scale=p, rotate=p, aniso=p, aniso_angle=0.5, translate_x=p, translate_y=p)
+    shares = dict(flip=0.5, xflip=0.5, yflip=p / 2, scale=p, rotate=p, aniso=p, aniso_angle=0.5,
+                  translate_x=p, translate_y=p)
+    drawn = dict(zip(COLUMNS, view.unbind(dim=1)))
     for name, share in shares.items():
-        near((q[name] != 0).float(), share, (share * (1 - share)) ** 0.5)
-    assert torch.equal(q["translate_x"] != 0, q["translate_y"] != 0)
+        near(drawn[name] != 0, share, (share * (1 - share)) ** 0.5)
+    assert torch.equal(drawn["translate_x"] != 0, drawn["translate_y"] != 0)
     for name in ("scale", "aniso", "translate_x", "translate_y"):
-        near(q[name], 0, p ** 0.5)
-        near(q[name].square(), p, (3 * p - p * p) ** 0.5)
-    near(q["rotate"].abs(), p * math.pi / 2, math.pi)
-    near(label[:, 3], -p, 1)                                    # E cos a - 1 over the circle
-    near(label[:, 4].square(), p / 2, 1)
-    near((label[:, 6] != 0).float(), p / 2, 0.5)                # sin of the angle 0, half of the time
-    untouched = (label == 0).all(dim=1).float()
-    near(untouched, 0.5 * (1 - p / 2) * (1 - p) ** 4, 0.5)
-    print(f"p = {p}: {100 * untouched.mean():.1f} % untouched, moments {label.mean(0).tolist()}, {label.square().mean(0).tolist()}")
+        near(drawn[name], 0, p ** 0.5)
+        near(drawn[name].square(), p, (3 * p - p * p) ** 0.5)
+    near(drawn["rotate"].abs(), p * math.pi / 2, math.pi)
+    untouched = (view[:, 1:] == 0).all(dim=1)
+    near(untouched, 0.5 * (1 - p / 2) * 0.5 * (1 - p) ** 4, 0.5)
 
 
-def test_no_mirrors_for_digits():
-    q = ddpm_sc.draw_augment(1000, 1, torch.Generator().manual_seed(1), mirror=False)
-    assert not q["xflip"].any() and not q["yflip"].any() and q["scale"].all()
-
-
-@pytest.mark.parametrize("script", PIXEL, indirect=True)
-def test_views(script):
-    """Views of the uint8 images of a step: the same for any division of the batch, flips included; float32 whatever the
-    precision of the network, as a photograph in bf16 has 8 bits less."""
-    cfg = script.make_config(**{**(SMALL if script is uvit_sc else SMALL_UNET), "batch": 16, "aug": 0.9})
-    x = torch.randint(0, 256, (16, 3, cfg.size, cfg.size), dtype=torch.uint8)
-    view = script.draw_view(cfg, script.rng(1))
-    whole, labels = script.make_view(x, torch.zeros(16), view)
-    assert whole.dtype == torch.float32 and labels.shape == (16, 9)
-    for rows in (slice(0, 8), slice(8, 16)):
-        part, label = script.make_view(x[rows], torch.zeros(8), {name: values[rows] for name, values in view.items()})
-        assert (part - whole[rows]).abs().max() < 1e-5 and torch.equal(label, labels[rows])
-    cfg.aug = 0
-    plain, nothing = script.make_view(x, torch.zeros(16), {"flip": view["flip"]})
-    assert nothing is None and torch.equal(plain, script.to_float(torch.where(view["flip"].view(-1, 1, 1, 1), x.flip(-1), x)))
-    assert 0 < view["flip"].sum() < 16
-    cfg.flip = False
-    assert not script.draw_view(cfg, script.rng(1))["flip"].any()
-
-
-def test_training_augments_in_float32(script, small, monkeypatch):
-    """The views are made outside autocast: else a GPU would resample images in bf16."""
+@only("edm_sc", "uvit_sc")
+def test_training_augments_in_float32(script, config, monkeypatch):
+    """Views are made outside autocast: else a GPU would resample images in bf16."""
     seen, make_view = [], script.make_view
-    monkeypatch.setattr(script, "make_view", lambda *args: (seen.append(torch.is_autocast_enabled("cpu")), make_view(*args))[1])
-    script.train(script.make_config(**small, aug=0.5, cl=0.01, cl_hidden=16, amp="bf16", steps=1))
+
+    def spy(images, view):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return make_view(images, view)
+    monkeypatch.setattr(script, "make_view", spy)
+    script.train(config(aug=0.5, cl=0.01, amp="bf16", steps=1))
     assert seen == [False, False]
 
 
-def test_labels_enter_the_time_embedding():
-    """One matrix without bias, as in the public network: zeros are the same as no labels."""
-    cfg = ddpm_sc.make_config("cifar10", aug=0.12)
+@only("edm_sc")
+def test_labels_enter_the_time_embedding(script):
+    """One matrix, as in the public network, and none in s(t)."""
     with torch.device("meta"):
-        net = ddpm_sc.build_net(cfg)
-    assert sum(p.numel() for p in net.parameters()) == 35_746_307 + 460_288 + 1_152
-    assert "time_emb.aug_emb.weight" in net.state_dict() and "sc_time.aug_emb.weight" not in net.state_dict()
-    net = ddpm_sc.build_net(ddpm_sc.make_config(**SMALL_UNET, aug=0.12))
-    x, c = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.5])
-    assert torch.equal(net(x, c), net(x, c, torch.zeros(2, 9))) and not torch.allclose(net(x, c), net(x, c, torch.ones(2, 9)))
-    e = net.time_emb
-    angles = c[:, None] * torch.exp(-math.log(10000) * torch.arange(16) / 15)
-    waves = torch.cat([angles.sin(), angles.cos()], 1) + 0.5 * e.aug_emb.weight.sum(1)
-    assert torch.allclose(e(c, torch.full((2, 9), 0.5)), e.lin2(F.silu(e.lin1(waves))), atol=1e-6)
+        net = script.build_net(script.make_config("cifar10", aug=0.12))
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307 + 460_288 + 9 * 128
+    names = [name for name in net.state_dict() if "aug_emb" in name]
+    assert names == ["time_emb.aug_emb.weight"]
+    net = small_net(script, aug=0.12)
+    x, c = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.5])
+    assert torch.equal(net(x, c)[0], net(x, c, aug=torch.zeros(2, 9))[0])
+    assert not torch.allclose(net(x, c)[0], net(x, c, aug=torch.ones(2, 9))[0])
 
 
-@pytest.mark.parametrize("script", PIXEL, indirect=True)
-def test_sampling_and_probing_see_no_labels(script, small):
-    """Features and samples are those of a network that is told of no transformation."""
-    cfg = script.make_config(**small, aug=0.5)
-    net = script.build_net(cfg).eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    C, S = script.DATASETS[cfg.dataset][0], cfg.size
-    told, forward = [], net.forward
-    net.forward = lambda x, c, aug=None, **more: (told.append(aug), forward(x, c, torch.zeros(len(x), 9), **more))[1]
-    zeros = script.sample(net, cfg, range(4)), script.features(net, torch.zeros(2, C, S, S), cfg.t_probe, torch.ones(2, C, S, S))
-    net.forward = forward
-    plain = script.sample(net, cfg, range(4)), script.features(net, torch.zeros(2, C, S, S), cfg.t_probe, torch.ones(2, C, S, S))
-    assert all(aug is None for aug in told) and len(told) > 1
-    assert torch.equal(zeros[0], plain[0]) and all(torch.equal(zeros[1][k], plain[1][k]) for k in plain[1])
+@only("edm_sc", "uvit_sc")
+def test_sampling_and_probing_tell_of_no_transformation(script, monkeypatch):
+    net, told = small_net(script, aug=0.5), []
+    forward = net.forward
 
-
-@pytest.mark.parametrize("mask", [1, 0])
-def test_cls_and_the_label_do_not_see_each_other(mask):
-    """Fig. 2(b): within an attention layer neither the value of [CLS] nor its gradient depends on the augmentation's
-    token, and the other way round; with --aug_mask 0 both do."""
-    cfg = uvit_sc.make_config(**SMALL, aug=0.12, aug_mask=mask)
-    net = uvit_sc.build_net(cfg)
-    assert (net.mask is not None) == bool(mask) and net.extras == 3 and "mask" not in net.state_dict()
-    attention = net.in_blocks[0].attn
-    torch.nn.init.normal_(attention.qkv.weight, std=0.2)
-    h = torch.randn(2, net.extras + 16, net.D, requires_grad=True)
-    for reader, other in ((1, 2), (2, 1)):
-        out = attention(h, net.mask)
-        grad, = torch.autograd.grad(out[:, reader].square().sum(), h)
-        changed = h.detach().clone()
-        changed[:, other] += 1
-        same = torch.equal(attention(changed, net.mask)[:, reader], out[:, reader])
-        assert same == bool(mask) and (grad[:, other] == 0).all() == bool(mask)
-        assert all((grad[:, k] != 0).any() for k in (0, reader, 3))                     # the rest is read as ever
-    patches = attention(h, net.mask)[:, 3:]
-    assert (torch.autograd.grad(patches.sum(), h)[0][:, 1:3] != 0).any(dim=(0, 2)).all()      # patches read both
-
-
-def test_the_token_of_the_label():
-    """One more token, and its label matters to patches; time, [CLS], label, patches is the order."""
-    plain, told = (uvit_sc.build_net(uvit_sc.make_config(**SMALL, aug=aug)) for aug in (0, 0.12))
-    extra = sum(p.numel() for p in told.parameters()) - sum(p.numel() for p in plain.parameters())
-    assert extra == 9 * 160 + 160 + 160         # the embedding with its bias, and one position
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([5, 500])
-    assert torch.equal(told(x, t), told(x, t, torch.zeros(2, 9))) and not torch.allclose(told(x, t), told(x, t, torch.ones(2, 9)), atol=1e-6)
-    alone = uvit_sc.build_net(uvit_sc.make_config(**SMALL, aug=0.12, self_cond="none"))
-    assert alone.mask is None and alone.extras == 2 and alone(x, t).shape == x.shape
+    def spy(x, c_noise, y=None, aug=None):
+        told.append(aug)
+        return forward(x, c_noise, y, aug)
+    monkeypatch.setattr(net, "forward", spy)
+    x = torch.zeros(2, 3, 16, 16)
+    script.sample(net, net.cfg, range(4))
+    script.features(net, x, net.cfg.t_probe, x)
+    assert len(told) > 1 and all(aug is None for aug in told)

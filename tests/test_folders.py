@@ -1,5 +1,5 @@
-"""Folders of images and Tiny-ImageNet: true formats, odd sizes and modes, damaged files, a cache that notices changes."""
-import io
+"""Folders of pictures: the rules of the data section, each with inputs that were met in use."""
+import os
 import zipfile
 
 import numpy as np
@@ -7,169 +7,183 @@ import pytest
 import torch
 from PIL import Image
 
-import uvit_sc
-from uvit_sc import IMAGENET100, UserError, centre_crop, load_data, make_config
-
-rng = np.random.RandomState(0)
+import edm_sc
 
 
-def picture(width, height, mode="RGB"):
-    return Image.fromarray(rng.randint(0, 256, (height, width, 3), np.uint8)).convert(mode)
-
-
-def jpeg(image):
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def write(path, image):
+def picture(path, colour=128, size=(12, 10), **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    Image.new("RGB", size, (colour,) * 3).save(path, **kwargs)
+    return path
 
 
-def adm_crop(image, size):
-    """The crop of guided-diffusion (facts): BOX halvings, BICUBIC, centre. Written apart from the script's."""
-    array = image.convert("RGB")
-    while min(*array.size) >= 2 * size:
-        array = array.resize((array.width // 2, array.height // 2), Image.BOX)
-    scale = size / min(*array.size)
-    array = array.resize((round(array.width * scale), round(array.height * scale)), Image.BICUBIC)
-    x, y = (array.width - size) // 2, (array.height - size) // 2
-    return np.asarray(array.crop((x, y, x + size, y + size)))
+def tree(root, *files):
+    for i, file in enumerate(files):
+        picture(root / file, colour=10 * i)
+    return root
 
 
-@pytest.mark.parametrize("size", [(16, 16), (100, 40), (33, 200), (31, 32), (10, 12), (64, 64)])
-def test_centre_crop(size):
-    image = picture(*size)
-    assert np.array_equal(centre_crop(image, 16).transpose(1, 2, 0), adm_crop(image, 16))
+def load(root, train=True, dataset="folder"):
+    cfg = edm_sc.make_config(dataset, data_dir=str(root), size=8, backbone="unet_tiny")
+    return edm_sc.load_data(cfg, train)
 
 
-def test_folder_of_odd_images(tmp_path, capsys):
-    """Sizes, modes and formats as they come; nested folders; files that are no images are passed over; labels by sorted class."""
-    images = {"ant/a.png": picture(20, 50), "ant/deep/b.JPEG": jpeg(picture(70, 30, "L")), "bee/c.jpg": jpeg(picture(40, 40, "CMYK")),
-              "bee/d.PNG": picture(9, 8, "P"), "cat/e.png": picture(30, 30, "RGBA"), "cat/f.png": picture(30, 20, "1")}
-    for name, image in images.items():
-        write(tmp_path / name, image)
-    write(tmp_path / "cat" / "notes.txt", b"no image")
-    cfg = make_config("folder", data_dir=str(tmp_path), size=16, patch=4)
-    x, labels = load_data(cfg, train=True)
-    assert x.shape == (6, 3, 16, 16) and x.dtype == torch.uint8 and labels.tolist() == [0, 0, 1, 1, 2, 2]
-    for i, name in enumerate(images):
-        with Image.open(tmp_path / name) as image:
-            assert np.array_equal(x[i].permute(1, 2, 0), adm_crop(image, 16)), name
-    assert (x[1][0] == x[1][1]).all()                      # greyscale
-    with pytest.raises(UserError, match="--data_dir .*no folder .*val"):
-        load_data(cfg, train=False)
+def refusal(*args, **kwargs):
+    with pytest.raises(edm_sc.UserError) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_decoded_once(tmp_path, monkeypatch):
-    """The second run maps the file of the first and opens no image; another file in the folder makes another cache."""
-    for i in range(3):
-        write(tmp_path / "train" / "a" / f"{i}.png", picture(20, 20))
-        write(tmp_path / "val" / "a" / f"{i}.png", picture(20, 20))
-    cfg = make_config("folder", data_dir=str(tmp_path), size=8)
-    first, _ = load_data(cfg, train=True)
-    first[0] = 0                                            # a change in memory must not reach the file
-    monkeypatch.setattr(uvit_sc, "centre_crop", None)
-    again, _ = load_data(cfg, train=True)
-    assert again[0].float().mean() > 10 and torch.equal(again[1:], first[1:])
-    monkeypatch.undo()
-    write(tmp_path / "train" / "a" / "3.png", picture(20, 20))
-    assert len(load_data(cfg, train=True)[0]) == 4 and len(load_data(cfg, train=False)[0]) == 3
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".u8"] * 3
+@pytest.mark.parametrize("train, val", [("train", "val"), ("train", "test"), ("Training", "Testing"),
+                                        ("TRAIN", "validation"), ("train", "valid")])
+def test_names_of_splits(tmp_path, capsys, train, val):
+    tree(tmp_path, f"{train}/cat/a.png", f"{train}/dog/deep/er/b.jpg", f"{val}/dog/c.png")
+    assert load(tmp_path)[1].tolist() == [0, 1]
+    assert "2 classes (cat, dog), 2 images" in capsys.readouterr().out
+    assert load(tmp_path, train=False)[1].tolist() == [1]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
-def test_damaged_images(tmp_path, damage, capsys):
-    """Named in the error, and no cache left behind; with --skip_bad passed over with a count."""
-    good = jpeg(picture(40, 40))
-    for i in range(4):
-        write(tmp_path / "a" / f"{i}.jpg", good)
-    write(tmp_path / "b" / "broken.jpg", {"cut": good[:len(good) // 2], "empty": b"", "text": b"<html>"}[damage])
-    write(tmp_path / "b" / "whole.jpg", good)
-    fields = dict(data_dir=str(tmp_path), size=16)
-    with pytest.raises(UserError, match=r"b/broken.jpg in --data_dir .* cannot be decoded .*--skip_bad") as caught:
-        load_data(make_config("folder", **fields), train=True)
-    assert "\n" not in str(caught.value) and {path.name for path in tmp_path.iterdir()} == {"a", "b"}
-    images, labels = load_data(make_config("folder", **fields, skip_bad=True), train=True)
-    assert len(images) == 5 and labels.tolist() == [0] * 4 + [1]
-    assert "1 of 6 images cannot be decoded and are skipped, b/broken.jpg first" in capsys.readouterr().err
+def test_without_a_folder_train(tmp_path, capsys):
+    """Class folders in ROOT, for training. A split's name among them is an error that says so."""
+    tree(tmp_path, "ant/a.png", "bee/b.png", "fly/c.png")
+    assert load(tmp_path)[1].tolist() == [0, 1, 2]
+    assert "3 classes (ant, ..., fly), 3 images" in capsys.readouterr().out
+    assert "val/CLASS" in refusal(tmp_path, train=False)
+    tree(tmp_path, "Test/ant/d.png")
+    assert "train/CLASS" in refusal(tmp_path) and "Test" in refusal(tmp_path)
 
 
-def test_nothing_left_to_read(tmp_path, monkeypatch):
-    """All files bad: said, and no empty cache; a folder that cannot be written: said with the way round it."""
-    write(tmp_path / "a" / "0.jpg", b"bad")
-    with pytest.raises(UserError, match="none of 1 images can be decoded"):
-        load_data(make_config("folder", data_dir=str(tmp_path), skip_bad=True), train=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"a"}
-    monkeypatch.setattr(uvit_sc.os, "access", lambda *args: False)
-    with pytest.raises(UserError, match="is read-only.*ln -s"):
-        load_data(make_config("folder", data_dir=str(tmp_path)), train=True)
+def test_classes_that_do_not_fit(tmp_path):
+    tree(tmp_path, "train/cat/a.png", "val/cat/b.png", "val/cow/c.png")
+    (tmp_path / "train/dog").mkdir()
+    assert "train/dog holds no picture" in refusal(tmp_path)
+    assert "val/cow is no class" in refusal(tmp_path, train=False)
+    assert "needs 1000" in refusal(tmp_path, dataset="imagenet")
+    assert "no folder" in refusal(tmp_path / "nowhere")
 
 
-def test_what_only_looks_like_an_image(tmp_path):
-    """Folders and dangling links that end in .png, and hidden files, are passed over; 16 bits are scaled, not cut to white."""
-    grey = rng.randint(0, 65536, (16, 16)).astype(np.uint16)
-    write(tmp_path / "a" / "deep.png", Image.fromarray(grey))
-    (tmp_path / "a" / "folder.png").mkdir()
-    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
-    write(tmp_path / "a" / "._deep.png", b"a Mac's note")
-    images, labels = load_data(make_config("folder", data_dir=str(tmp_path), size=16), train=True)
-    assert len(labels) == 1 and np.array_equal(images[0, 0], grey // 256)
+def test_what_is_not_read(tmp_path, capsys):
+    """Hidden files and folders, __MACOSX and ._* at any depth; other files are counted."""
+    tree(tmp_path, "train/cat/a.png", "train/cat/._a.png", "train/cat/.b.png", "train/.git/c.png",
+         "train/__MACOSX/cat/d.png", "train/cat/__MACOSX/e.png", "train/cat/.thumbs/f.png")
+    (tmp_path / "train/cat/notes.txt").write_text("a cat")
+    assert load(tmp_path)[1].tolist() == [0]
+    assert "1 files are no pictures" in capsys.readouterr().out
 
 
-def test_folders_that_are_not_there(tmp_path):
-    for dataset in ("folder", "imagenet", "imagenet100"):
-        with pytest.raises(UserError, match="--data_dir "):
-            load_data(make_config(dataset, data_dir=str(tmp_path / "nowhere")), train=True)
-    write(tmp_path / "train" / "n01558993" / "a.png", picture(8, 8))
-    with pytest.raises(UserError, match="1 class folders .*--dataset imagenet needs 1000"):
-        load_data(make_config("imagenet", data_dir=str(tmp_path)), train=True)
-    (tmp_path / "val").mkdir()
-    with pytest.raises(UserError, match="0 images"):
-        load_data(make_config("folder", data_dir=str(tmp_path)), train=False)
+def test_links_to_folders(tmp_path):
+    """They are followed, but each folder once in a class: also where a link leads to its parent."""
+    tree(tmp_path / "elsewhere", "a.png", "b.png")
+    tree(tmp_path / "data", "train/cat/c.png", "train/dog/d.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/train/cat/more")
+    os.symlink(tmp_path / "data/train/cat", tmp_path / "data/train/cat/more/again")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/train/owl")
+    assert load(tmp_path / "data")[1].tolist() == [0, 0, 0, 1, 2, 2, 2]
 
 
-def test_imagenet100(tmp_path):
-    """The hundred classes of CMC, out of the folders of ImageNet, numbered in sorted order."""
-    assert len(set(IMAGENET100)) == 100 and IMAGENET100 == sorted(IMAGENET100)
-    for name in [*IMAGENET100, "n99999999", "n00000001"]:
-        write(tmp_path / "imagenet100" / "train" / name / "x.JPEG", jpeg(picture(70, 70)))
-        write(tmp_path / "imagenet100" / "val" / name / "y.JPEG", jpeg(picture(70, 90)))
-    for train in (True, False):
-        images, labels = load_data(make_config("imagenet100", data_dir=str(tmp_path)), train)
-        assert images.shape == (100, 3, 64, 64) and labels.tolist() == list(range(100))
+def read(tmp_path, name, image, **kwargs):
+    image.save(tmp_path / name, **kwargs)
+    image = edm_sc.read_image(tmp_path / name)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
-def test_tiny_imagenet(tmp_path, capsys):
-    """The zip as published: train/CLASS/images, val/images with a shuffled list of classes, some greyscale; read in place."""
-    classes = [f"n{1000 + 7 * i}" for i in range(3)]
-    train = {f"train/{name}/images/{name}_{i}.JPEG": jpeg(picture(64, 64, "L" if i else "RGB")) for name in classes[::-1] for i in range(2)}
-    val = {f"val/images/val_{i}.JPEG": jpeg(picture(64, 64)) for i in range(6)}
-    answers = [2, 0, 1, 1, 0, 2]
-    lines = [f"val_{i}.JPEG\t{classes[answers[i]]}\t0\t0\t62\t62" for i in (3, 1, 5, 0, 2, 4)]
+def test_transparency_is_put_on_white(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (read(tmp_path, "icon.png", clear) == 255).all()
+    half = Image.new("LA", (4, 4), (0, 128))
+    assert (abs(read(tmp_path, "grey.png", half).astype(int) - 127) <= 1).all()
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    assert (read(tmp_path, "palette.png", palette) == (200, 0, 0)).all()
+    assert (read(tmp_path, "clear.png", palette, transparency=1) == 255).all()
+
+
+def test_16_bits_of_grey(tmp_path):
+    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    pixels = read(tmp_path, "deep.png", Image.fromarray(values))
+    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_of_unknown_range_are_refused(tmp_path, dtype):
+    picture(tmp_path / "train/cat/good.png")
+    path = tmp_path / "train/cat/map.tif"
+    Image.fromarray(np.ones((8, 8), dtype)).save(path)
+    with pytest.raises(ValueError, match="32 bits"):
+        edm_sc.read_image(path)
+    assert "map.tif" in refusal(tmp_path) and "32 bits" in refusal(tmp_path)
+
+
+def test_orientation_frames_and_colours(tmp_path):
+    image = Image.new("RGB", (6, 4), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # taken with the phone on its side
+    assert read(tmp_path, "phone.jpg", image, exif=exif).shape == (6, 4, 3)
+    blue = Image.new("RGB", (6, 4), "blue")
+    pixels = read(tmp_path, "moving.gif", image, save_all=True, append_images=[blue])
+    assert (pixels == (255, 0, 0)).all()
+    pixels = read(tmp_path, "print.jpg", image.convert("CMYK"))
+    assert abs(pixels.astype(int) - (254, 0, 0)).max() <= 3     # as JPEG rounds it
+
+
+def test_no_other_program_is_started(tmp_path):
+    """PostScript with a picture's name would be handed to Ghostscript."""
+    path = tmp_path / "page.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    with pytest.raises(Exception, match="cannot identify"):
+        edm_sc.read_image(path)
+
+
+def test_pictures_that_cannot_be_decoded(tmp_path, capsys):
+    """One in a hundred is left out with a note that names it; more are an error, nothing written."""
+    for i in range(199):
+        picture(tmp_path / f"train/cat/{i:03d}.png")
+    (tmp_path / "train/cat/bad1.png").write_bytes(b"no picture")
+    assert len(load(tmp_path)[0]) == 199
+    err = capsys.readouterr().err
+    assert "1 of 200 pictures cannot be decoded" in err and "bad1.png" in err
+    for i in range(2, 5):
+        (tmp_path / f"train/cat/bad{i}.png").write_bytes(b"no picture")
+    assert "4 of 203" in refusal(tmp_path)
+    assert len(list(tmp_path.glob("*.u8"))) == 1 and not list(tmp_path.glob(".*part"))
+
+
+def test_centre_crop_is_adms():
+    """Halved by box filters while twice too large, then bicubic, then the middle."""
+    pixels = np.random.RandomState(0).randint(0, 256, (50, 40, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    half = image.resize((20, 25), Image.BOX).resize((16, 20), Image.BICUBIC)
+    expected = np.asarray(half)[2:18].transpose(2, 0, 1)
+    assert np.array_equal(edm_sc.centre_crop(image, 16), expected)
+
+
+def test_fingerprint(tmp_path):
+    """Grown folders, other pictures and other labels are other data; a copy is not."""
+    def mark(name, *files):
+        return edm_sc.fingerprint(*load(tree(tmp_path / name, *files)))
+
+    whole = mark("a", "train/x/1.png", "train/y/2.png")
+    assert whole == mark("copy", "train/x/1.png", "train/y/2.png")
+    assert whole == mark("renamed", "train/x/1.png", "train/z/2.png")       # names do not matter
+    assert whole != mark("grown", "train/x/1.png", "train/y/2.png", "train/y/3.png")
+    assert whole != mark("moved", "train/x/0/1.png", "train/x/2.png")
+    assert whole != mark("other", "train/x/0/1.png", "train/x/1/2.png", "train/y/3.png")
+    picture(tmp_path / "copy/train/x/1.png", colour=99)
+    assert whole != edm_sc.fingerprint(*load(tmp_path / "copy"))
+
+
+def test_tiny_imagenet(tmp_path, monkeypatch):
+    """The zip is read in place; val_annotations.txt has the labels, in the order of train."""
     with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
-        for name, data in {**train, **val, "val/val_annotations.txt": "\n".join(lines) + "\n", "test/images/test_0.JPEG": b"",
-                           "wnids.txt": "\n".join(classes[::-1])}.items():
-            archive.writestr(f"tiny-imagenet-200/{name}", data)
-    cfg = make_config("tiny_imagenet", data_dir=str(tmp_path))
-    images, labels = load_data(cfg, train=True)
-    assert images.shape == (6, 3, 64, 64) and labels.tolist() == [0, 0, 1, 1, 2, 2]
-    with Image.open(io.BytesIO(train[f"train/{classes[0]}/images/{classes[0]}_0.JPEG"])) as image:
-        assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(image))
-    images, labels = load_data(cfg, train=False)
-    assert labels.tolist() == [answers[i] for i in (3, 1, 5, 0, 2, 4)]
-    with Image.open(io.BytesIO(val["val/images/val_5.JPEG"])) as image:
-        assert np.array_equal(images[2].permute(1, 2, 0), np.asarray(image))
-    (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK cut short")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_data(cfg, train=True)
-
-
-def test_test_images_are_no_class(tmp_path):
-    """Class folders may lie beside val/, whose images must never be trained on."""
-    for name in ("ant/a.png", "bee/b.png", "val/ant/c.png", "val/bee/d.png"):
-        write(tmp_path / name, picture(9, 9))
-    cfg = make_config("folder", data_dir=str(tmp_path), size=16, patch=4)
-    assert [load_data(cfg, train)[1].tolist() for train in (True, False)] == [[0, 1], [0, 1]]
+        for i, (folder, name) in enumerate([("n02", "a"), ("n01", "b"), ("n01", "c")]):
+            path = picture(tmp_path / "one.jpg", 40 * i, size=(64, 64))
+            archive.write(path, f"tiny-imagenet-200/train/{folder}/images/{name}.JPEG")
+        archive.write(path, "tiny-imagenet-200/val/images/v0.JPEG")
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "v0.JPEG\tn02\t0\t0\t9\t9\n")
+    cfg = edm_sc.make_config("tiny_imagenet", data_dir=str(tmp_path))
+    images, labels = edm_sc.load_data(cfg, train=True)
+    assert labels.tolist() == [0, 0, 1] and images.shape == (3, 3, 64, 64)
+    assert [int(images[i].float().mean().round()) for i in range(3)] == [40, 80, 0]
+    assert edm_sc.load_data(cfg, train=False)[1].tolist() == [1]
+    assert isinstance(images, torch.Tensor) and len(list(tmp_path.glob("*.u8"))) == 2

@@ -1,9 +1,7 @@
-"""The training loop: exact resume, the same losses on any number of processes, faults that lose nothing."""
+"""The training loop: exact resume, the same losses on any number of processes, faults that lose
+nothing. It is one text in all scripts (test_copies.py), so most of this is tried with one."""
 import dataclasses
-import importlib
-import json
 import os
-import random
 import signal
 import threading
 import time
@@ -12,327 +10,407 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SCRIPTS, finish, flags, launch, losses
+from conftest import (final, finish, load, log, losses, only, random_data, same, small_config,
+                      small_net, start, use_random_data)
+
+one = only("uvit_sc")
 
 
-# The loop is one text in all scripts (test_copies.py): what follows it is tried with one, or one of each kind, and with the others by --slow.
-one, kinds = (pytest.mark.parametrize("script", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
-                                      indirect=True) for fast in (["uvit_sc"], ["edm_sc", "uvit_sc", "dit_latent_sc"]))
-
-
-def final(run):
-    return torch.load(Path(run) / "last.pt", weights_only=True)
-
-
-def same(a, b):
-    """Bit-identical nested containers of tensors and plain values."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def test_run_folder(script, small):
-    cfg = script.make_config(**small, sample_every=1, save_every=1)
+@one
+def test_run_folder(script, config):
+    cfg = config(sample_every=1, save_every=1)
     assert script.train(cfg) == 0
     names = {path.name for path in Path(cfg.out).iterdir()}
-    assert names == {"config.json", "log.jsonl", "last.pt", "loss.png", "ckpt_0001.pt", "ckpt_0002.pt", "samples_0001.png",
+    assert names == {"log.jsonl", "last.pt", "ckpt_0001.pt", "ckpt_0002.pt", "samples_0001.png",
                      "samples_0002.png"}
     state = final(cfg.out)
-    assert set(state) == {"script", "config", "step", "model", "ema", "heads", "ema_heads", "optimizer", "scaler"}
-    assert state["step"] == 16 and state["script"] == script.SCRIPT     # 2 epochs of 64 images in batches of 8
-    assert script.Config(**state["config"]) == cfg == script.Config(**json.loads((Path(cfg.out) / "config.json").read_text()))
-    line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-    assert set(line) == {"step", "epoch", "loss", "loss_by_time", "lr", "grad_norm", "images_per_second"} and line["epoch"] == 2
+    assert set(state) == {"script", "config", "step", "data", "model", "ema", "heads", "ema_heads",
+                          "optimizer", "scaler"}
+    part = torch.load(Path(cfg.out, "ckpt_0001.pt"), weights_only=True)
+    assert set(part) == {"script", "config", "step", "data", "ema"} and part["step"] == 8
+    assert state["step"] == 16 and state["script"] == "uvit_sc"     # 2 epochs, 64 images, 8 a step
+    assert script.Config(**state["config"]) == cfg
+    line = log(cfg.out)[-1]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"} <= set(line)
+    assert (line["step"], line["epoch"]) == (16, 2)
 
 
 @one
-def test_files_come_where_a_step_is_several_epochs(script, small):
-    """64 images in steps of 200: epochs 3, 6, 9 and 12 are seen, and each step passes one that is due."""
-    script.train(script.make_config(**{**small, "batch": 200, "epochs": 10, "save_every": 2, "sample_every": 5}))
-    names = sorted(path.name for path in Path(small["out"]).glob("*_*.p*"))
-    assert names == [f"ckpt_{epoch:04d}.pt" for epoch in (3, 6, 9, 12)] + ["samples_0006.png", "samples_0012.png"]
-
-
-@one
-def test_steps_rule_over_epochs(script, small):
-    cfg = script.make_config(**small, steps=3)
+def test_when_files_come(script, config):
+    """64 images in steps of 200: epochs 3, 6, 9 and 12 are seen, each step passes one that is due.
+    0 means never: last.pt alone comes then. --steps rules over --epochs."""
+    cfg = config(batch=200, epochs=10, save_every=2, sample_every=5)
     script.train(cfg)
-    assert final(cfg.out)["step"] == 3
+    names = sorted(path.name for path in Path(cfg.out).glob("*_*.p*"))
+    assert names == [*(f"ckpt_{epoch:04d}.pt" for epoch in (3, 6, 9, 12)),
+                     "samples_0006.png", "samples_0012.png"]
+    never = config(out=cfg.out + "0", steps=3)
+    script.train(never)
+    assert {path.name for path in Path(never.out).iterdir()} == {"log.jsonl", "last.pt"}
+    assert final(never.out)["step"] == 3
 
 
-@kinds
-def test_resume_equals_no_interruption(script, small, tmp_path, capsys):
-    """N + N steps are 2N steps, bit for bit, with dropout, augmentation and contrast; the log as well."""
-    small = {**small, "dropout": 0.1, "aug": 0.5, "cl": 0.01, "cl_hidden": 32}
-    whole = script.make_config(**{**small, "out": str(tmp_path / "whole"), "steps": 12})
+@only("edm_sc", "uvit_sc", "dit_latent_sc")
+def test_resume_equals_no_interruption(script, config, capsys):
+    """5 + 7 steps are 12 steps, with dropout, augmentation and contrast: all tensors, bit for bit,
+    and the log. This holds on one machine with the same number of processes and threads."""
+    fields = dict(dropout=0.1, aug=0.5, cl=0.01)
+    whole, halves = config(**fields, steps=12), config(**fields, steps=12, out=config().out + "2")
     script.train(whole)
-    for steps in (5, 12):
-        halves = script.make_config(**small, steps=steps)
-        script.train(halves)
+    script.train(dataclasses.replace(halves, steps=5))
+    script.train(halves)
     assert "resumed at step 5" in capsys.readouterr().out
     a, b = final(whole.out), final(halves.out)
     assert all(same(a[k], b[k]) for k in a if k != "config") and a["ema_heads"]
     assert losses(whole.out) == losses(halves.out) and len(losses(whole.out)) == 12
 
 
-@pytest.mark.slow
-def test_kills(small, tmp_path):
-    """SIGKILL at random moments, twice; the run that ends at last has the weights of one that was never interrupted.
-    The loop is the same text in every script; once is enough. (test_faults_slow.py kills each of them six times.)"""
-    script = importlib.import_module("uvit_sc")
-    small = {**small, "epochs": 12, "save_every": 1, "sample_every": 1000}      # 96 steps, a save after each 8
-    whole = launch(script.SCRIPT, flags({**small, "out": tmp_path / "whole"}))
-    chance, log = random.Random(0), Path(small["out"]) / "log.jsonl"
-    lines = lambda: log.read_text().count("\n") if log.exists() else 0
-    for _ in range(2):
-        process, seen, more = launch(script.SCRIPT, flags(small)), 0, chance.uniform(10, 30)
-        while (now := lines()) < seen + more and process.poll() is None:
-            seen = min(seen, now) if now else seen
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    status, out, err = finish(launch(script.SCRIPT, flags(small)))
-    assert status == 0 and "resumed at step" in out, err
-    assert finish(whole)[0] == 0
-    a, b = final(tmp_path / "whole"), final(small["out"])
-    assert a["step"] == b["step"] == 96 and same(a["ema"], b["ema"]) and same(a["optimizer"], b["optimizer"])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_signals_save_and_leave(small, number):
-    process = launch("uvit_sc", flags({**small, "epochs": 100000}))
-    log = Path(small["out"]) / "log.jsonl"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") > 5:
-            break
-        time.sleep(0.1)
-    process.send_signal(number)
-    status, out, err = finish(process)
-    assert status == 128 + number and "goes on from there" in out and "Traceback" not in err
-    assert final(small["out"])["step"] >= 5
+KILLED = """
+import signal
+from conftest import *
+script, save, calls = load("uvit_sc"), torch.save, []
+use_random_data(script)
+def dying(state, file):
+    calls.append(1)
+    if len(calls) == 6:                     # last.pt after the third epoch
+        file.write(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+torch.save = dying
+script.train(small_config(script, **FIELDS))
+"""
 
 
 @one
-def test_other_config_is_refused_by_name(script, small):
-    script.train(script.make_config(**small, steps=1))
-    with pytest.raises(script.UserError, match=r"lr \(0.0004 there, 0.001 now\).*seed \(0 there, 3 now\)|"
-                                               r"seed \(0 there, 3 now\).*lr \(.* there, 0.001 now\)"):
-        script.train(script.make_config(**{**small, "lr": 1e-3, "seed": 3}, steps=2))
-    with pytest.raises(script.UserError, match=r"; --init .*last.pt starts one anew from its averaged weights"):
-        script.train(script.make_config(**{**small, "lr": 1e-3}, steps=2))
-    script.train(script.make_config(**{**small, "accum": 2, "save_every": 7}, steps=2))     # these bend no curve
-    assert final(small["out"])["step"] == 2
+def test_killed_and_resumed(script, config):
+    """SIGKILL in the middle of writing a checkpoint: the one before is whole, and what goes on from
+    there ends with the weights of a run that was never interrupted, bit for bit (the same machine,
+    as above), and with its log."""
+    fields = dict(steps=40, save_every=1)                           # after each 8 steps
+    whole, resumed = config(**fields), config(**fields, out=config().out + "2")
+    script.train(whole)
+    process = start(["-c", f"FIELDS = {dict(fields, out=resumed.out)}\n{KILLED}"])
+    assert finish(process)[0] == -signal.SIGKILL and final(resumed.out)["step"] == 16
+    assert len(log(resumed.out)) == 24
+    script.train(resumed)
+    a, b = final(whole.out), final(resumed.out)
+    assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "optimizer"))
+    assert losses(whole.out) == losses(resumed.out)
 
 
 @one
-def test_a_run_from_before_a_field_was_there_goes_on(script, small):
-    """A field of the config that is newer than the run has had its default."""
-    script.train(script.make_config(**small, steps=1))
-    state = final(small["out"])
-    del state["config"]["ema_ramp"]
-    torch.save(state, Path(small["out"]) / "last.pt")
-    with pytest.raises(script.UserError, match=r"ema_ramp \(True there, False now\)"):
-        script.train(script.make_config(**small, ema_ramp=False, steps=2))
-    script.train(script.make_config(**small, steps=2))
-    assert final(small["out"])["step"] == 2
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(script, config, monkeypatch, capsys, number):
+    """A scheduler's order to leave, or Ctrl-C: the step is ended, last.pt written, the status is
+    128 + n, and the handlers are given back. The same command goes on."""
+    before, update_ema, calls = signal.getsignal(number), script.update_ema, []
 
-
-@pytest.mark.parametrize("script", [pytest.param("ddpm_sc", marks=pytest.mark.slow), "uvit_sc"], indirect=True)
-def test_processes_and_accumulation_give_the_same_losses(script, small, tmp_path):
-    """1 x 8, 2 x 4 and 2 x 2 x 2 images: the same losses to 1e-5 over 20 steps, the same weights to 1e-4: Adam turns the
-    rounding errors of gradients near zero into whole steps, and more so in UNets, whose norms hide the scale of some weights."""
-    runs = {"one": (1, 1), "accum": (1, 2), "two": (2, 1), "both": (2, 2)}
-    started = {name: launch(script.SCRIPT, flags({**small, "steps": 20, "accum": accum, "out": tmp_path / name}), processes)
-               for name, (processes, accum) in runs.items()}
-    for name, process in started.items():
-        status, _, err = finish(process, timeout=200)
-        assert status == 0, f"{name}: {err[-2000:]}"
-    for name in set(runs) - {"one"}:
-        difference = torch.tensor(losses(tmp_path / "one")) - torch.tensor(losses(tmp_path / name))
-        assert len(difference) == 20 and difference.abs().max() < 1e-5, name
-        for a, b in zip(final(tmp_path / "one")["ema"].values(), final(tmp_path / name)["ema"].values()):
-            assert (a - b).abs().max() < 1e-4, name
-
-
-@one
-def test_warm_up_and_clipping(script, small, monkeypatch):
-    """The learning rate rises in equal steps over --warmup epochs, 8 steps each; gradients have a norm of 1 at most."""
-    limits, clip = [], script.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(script.nn.utils, "clip_grad_norm_", lambda parameters, norm: (limits.append(norm), clip(parameters, norm))[1])
-    script.train(script.make_config(**{**small, "warmup": 1.5}, steps=16))
-    lines = map(json.loads, (Path(small["out"]) / "log.jsonl").read_text().splitlines())
-    lr = small.get("lr", script.Config.lr)
-    assert [line["lr"] for line in lines] == pytest.approx([lr * min(1, step / 12) for step in range(1, 17)])
-    assert limits == [1] * 16
-
-
-@one
-def test_nonfinite_gradients_are_skipped(script, small, monkeypatch):
-    """A NaN step changes no weight and the run goes on; ten in a row end it with the last good checkpoint untouched."""
-    script.train(script.make_config(**small, steps=4))
-    good = final(small["out"])
-    true_loss, calls = script.Diffusion.loss, []
-
-    def poisoned(self, *args):
+    def interrupted(*args):
         calls.append(1)
-        return true_loss(self, *args) * (torch.nan if len(calls) in nan_calls else 1)
-
-    monkeypatch.setattr(script.Diffusion, "loss", poisoned)
-    nan_calls = {1}
-    script.train(script.make_config(**small, steps=5))
-    assert same(final(small["out"])["model"], good["model"])
-    assert losses(small["out"])[-1] is None
-    saved = (Path(small["out"]) / "last.pt").read_bytes()
-    nan_calls = set(range(1000))
-    with pytest.raises(script.UserError, match="no finite gradient in 10 steps"):
-        script.train(script.make_config(**small, steps=60))
-    assert (Path(small["out"]) / "last.pt").read_bytes() == saved
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return update_ema(*args)
+    monkeypatch.setattr(script, "update_ema", interrupted)
+    cfg = config(steps=6)
+    monkeypatch.setattr(script, "make_config", lambda **given: cfg)
+    assert script.main([]) == 128 + number
+    assert "the same command goes on" in capsys.readouterr().out
+    assert final(cfg.out)["step"] == 3 and signal.getsignal(number) is before
+    assert script.main([]) == 0 and final(cfg.out)["step"] == 6
 
 
-@pytest.mark.parametrize("script, amp", [("edm_sc", "bf16"), ("dit_latent_sc", "fp16"), *(pytest.param(*both, marks=pytest.mark.slow) for both in (
-    ("ddpm_sc", "bf16"), ("rf_sc", "bf16"), ("uvit_sc", "bf16"), ("dit_latent_sc", "bf16"), ("edm_sc", "fp16")))], indirect=["script"])
-def test_mixed_precision(script, small, amp):
-    """Both run on the CPU as well; weights stay float32 and the losses stay near those of float32."""
-    script.train(script.make_config(**small, steps=8, amp=amp))
-    mixed, state = losses(small["out"]), final(small["out"])
-    assert all(p.dtype == torch.float32 for p in state["model"].values())
-    assert bool(state["scaler"]) == (amp == "fp16")
-    script.train(script.make_config(**{**small, "out": small["out"] + "32"}, steps=8))
-    pairs = [(a, b) for a, b in zip(mixed, losses(small["out"] + "32")) if a is not None]       # fp16 may skip the first steps
-    assert len(pairs) > 4 and 0 < max(abs(a - b) for a, b in pairs) < 0.02
+# ---- Processes -----------------------------------------------------------------------------------
+
+TWICE = {   # a run's name: script, fields; on one process here, and on two
+    "uvit": ("uvit_sc", dict(steps=20)),
+    "ddpm": ("ddpm_sc", dict(steps=20)),
+    "dit": ("dit_latent_sc", dict(steps=20, aug=0.5)),
+    "accum": ("uvit_sc", dict(steps=20, accum=2)),
+    "contrast": ("edm_sc", dict(steps=1, aug=0.5, cl=0.1)),
+}
+ON_TWO = """
+import os, signal, sys
+from conftest import *
+out = Path(sys.argv[1])
+for run, (name, fields) in RUNS.items():
+    script = load(name)
+    use_random_data(script)
+    script.train(small_config(script, out=str(out / run), **fields))
+
+script = load("uvit_sc")                    # an order to leave that only the second process gets
+update_ema = script.update_ema
+def interrupted(*args):
+    if script.RANK == 1 and args[3] == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update_ema(*args)
+script.update_ema = interrupted
+status = script.train(small_config(script, out=str(out / "left"), steps=9))
+try:
+    script.train(small_config(script, out=str(out / "odd"), batch=9))
+except script.UserError as error:
+    said = str(error)
+
+script = load("rf_sc")
+net = small_net(script, nfe=4)
+images = script.sample(net, net.cfg, range(5, 18))
+torch.save((status, said, images, net.nfe), out / f"process{script.RANK}.pt")
+script.leave(0)
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["ddpm_sc", "uvit_sc", "dit_latent_sc"], indirect=True)
-def test_compiled_network(script, small, monkeypatch):
-    """--compile gives the losses of the eager network, where there is a compiler."""
-    compiled, true = [], script.Backbone.compile
-    monkeypatch.setattr(script.Backbone, "compile", lambda self, *args, **more: (compiled.append(1), true(self, *args, **more))[1])
-    script.train(script.make_config(**small, steps=8))
-    assert not compiled
-    script.train(script.make_config(**{**small, "out": small["out"] + "c"}, steps=8, compile=True))
-    assert compiled
-    assert max(abs(a - b) for a, b in zip(losses(small["out"]), losses(small["out"] + "c"))) < 1e-5
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of what two processes, started by torchrun, have done."""
+    out = tmp_path_factory.mktemp("two")
+    (out / "work.py").write_text(f"RUNS = {TWICE!r}\n{ON_TWO}")
+    status, _, err = finish(start([str(out / "work.py"), str(out)], processes=2))
+    assert status == 0, err[-3000:]
+    return out
 
 
-def test_ema_rate():
-    """min(rate, 1 - n^(-2/3)): the first call copies; buffers are copied, never averaged. Without the ramp, which the latents of
-    ImageNet do not have in LightningDiT: the rate itself."""
-    import uvit_sc
-    net, ema = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1).requires_grad_(False)
-    for n, value in ((1, 3.0), (8, 5.0), (10**9, 7.0)):
-        net.weight.data.fill_(value)
-        net.running_mean.fill_(value)
-        before = ema.weight.item()
-        uvit_sc.update_ema(ema, net, 0.9, n)
-        rate = min(0.9, 1 - n ** (-2 / 3))
-        assert ema.weight.item() == pytest.approx(rate * before + (1 - rate) * value, rel=1e-6)
-        assert ema.running_mean.item() == value
-    before = ema.weight.item()
-    uvit_sc.update_ema(ema, net, 0.9, 1, ramp=False)
-    assert ema.weight.item() == pytest.approx(0.9 * before + 0.1 * 7)
-    import dit_latent_sc
-    assert [dit_latent_sc.make_config(name).ema_ramp for name in ("glyphs", "folder", "imagenet", "imagenet100")] == [True, True, False, False]
+@pytest.mark.parametrize("run", ["uvit", "ddpm", "dit", "accum"])
+def test_processes_and_accumulation_give_the_same_losses(run, two, tmp_path, monkeypatch):
+    """1 x 8, 2 x 4, 1 x 2 x 4 and 2 x 2 x 2 images a step. A mean of means is rounded otherwise
+    than a mean, and later steps carry it on: the tolerance is that of test_golden.py."""
+    script = load(TWICE[run][0])
+    use_random_data(script, monkeypatch.setattr)
+    script.train(small_config(script, out=str(tmp_path / "one"), **{**TWICE[run][1], "accum": 1}))
+    found = [losses(two / run)]
+    if run == "accum":
+        script.train(small_config(script, out=str(tmp_path / "accum"), **TWICE[run][1]))
+        found.append(losses(tmp_path / "accum"))
+    for other in found:
+        assert len(other) == 20
+        for step, (a, b) in enumerate(zip(losses(tmp_path / "one"), other), 1):
+            assert a == pytest.approx(b, rel=2e-6 * step), (step, a, b)
 
 
-def test_batches_see_every_image_once_an_epoch(script):
-    n, batch = 10, 4
-    order = torch.cat([script.batch_indices(n, batch, seed=1, step=step) for step in range(5)])
-    assert order[:10].sort()[0].tolist() == order[10:].sort()[0].tolist() == list(range(10))
-    assert order[:10].tolist() != order[10:].tolist()
-    assert not torch.equal(order[:10], torch.cat([script.batch_indices(n, batch, seed=2, step=s) for s in range(3)])[:10])
+def test_processes_agree_on_gradients(two, tmp_path, monkeypatch):
+    """Of every weight, heads included, with BatchNorm and keys over the whole batch: after one
+    step, Adam's first moment is 0.1 times the gradient. Sums over 8 images of numbers that cancel:
+    1e-5, 80 ulps, of the whole gradient; a factor or a row that is missing would be a tenth of
+    it."""
+    script = load("edm_sc")
+    use_random_data(script, monkeypatch.setattr)
+    script.train(small_config(script, out=str(tmp_path / "one"), **TWICE["contrast"][1]))
+    one, both = (final(out)["optimizer"]["state"] for out in (tmp_path / "one", two / "contrast"))
+    a, b = (torch.cat([v["exp_avg"].flatten() for v in state.values()]) for state in (one, both))
+    assert len(one) > 50 and (a - b).norm() < 1e-5 * a.norm()
+    first, second = log(tmp_path / "one")[0], log(two / "contrast")[0]
+    for name in ("loss", "contrast"):
+        assert first[name] == pytest.approx(second[name], rel=1e-5)
 
 
-def test_random_keys_do_not_collide(script):
-    """Keys that agree in their low 32 bits, or in their sum, still give different streams."""
-    first = {script.rng(*key).initial_seed() for key in ((0, 1), (1, 0), (0, 1, 0), (2**32, 1), (0, 2**32 + 1))}
-    assert len(first) == 5
+def test_processes_act_as_one(two):
+    """Images are those of one process, pixel by pixel, and each process has them all; they leave
+    together; a batch that does not divide is refused. The files are written once."""
+    script = load("rf_sc")
+    net = small_net(script, nfe=4)
+    images = script.sample(net, net.cfg, range(5, 18))
+    for rank in (0, 1):
+        status, said, drawn, nfe = torch.load(two / f"process{rank}.pt", weights_only=True)
+        assert torch.equal(drawn, images) and nfe == net.nfe == 4
+        assert status == signal.SIGTERM and "--batch 9 does not divide by 2 processes" in said
+    assert final(two / "left")["step"] == len(log(two / "left")) == 3
+    assert not list(two.rglob("*.part"))
 
 
-def test_reading_ahead(script):
-    """A thread reads what has to come from elsewhere; where the images lie on the device, none touches it."""
-    images, classes = torch.arange(64).view(-1, 1), torch.arange(64)
-    cfg, here, there = script.make_config(batch=8), torch.device("cpu"), torch.device("meta")
-    for data, device, threads in ((images, here, 0), (images.to(there), there, 0), (images, there, 1)):
-        before, batches = threading.active_count(), script.read_batches(data, classes, cfg, 3, slice(2, 6), device)
-        for step in (3, 4):
-            x, y = next(batches)
-            assert x.shape == (4, 1) and x.device == y.device == device and threading.active_count() == before + threads
-            assert device == there or y.tolist() == x[:, 0].tolist() == script.batch_indices(64, 8, 0, step)[2:6].tolist()
-        batches.close()
-
-
-def test_the_first_process_may_take_hours(script, monkeypatch):
-    """Also under NCCL, whose barriers do not wait as long as they are told."""
-    groups, waits = [], []
+def test_the_first_process_may_take_hours(monkeypatch):
+    """It decodes while the others wait, also under NCCL, whose barriers give up after minutes."""
+    script, groups, waits = load("uvit_sc"), [], []
     monkeypatch.setattr(script, "WORLD", 2)
     monkeypatch.setattr(script.dist, "new_group", lambda **how: groups.append(how) or "group")
     monkeypatch.setattr(script.dist, "barrier", waits.append)
-    with script.one_process_first():
-        waits.append("work")
-    assert groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 6 * 3600 and waits == ["work", "group"]
-    monkeypatch.setattr(script, "LOCAL_RANK", 1)
-    with script.one_process_first():
-        waits.append("work")
-    assert waits[2:] == ["group", "work"]
+    for rank, order in ((0, ["work", "group"]), (1, ["group", "work"])):
+        monkeypatch.setattr(script, "LOCAL_RANK", rank)
+        waits.clear()
+        with script.one_process_first():
+            waits.append("work")
+        assert waits == order
+    assert groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 6 * 3600
 
 
-def test_an_error_is_shown_before_others_are_waited_for(script, monkeypatch, tmp_path):
-    """The group is left in peace where an error is under way: NCCL would wait for processes that wait for this one."""
-    left, result = [], [0, ZeroDivisionError("a fault of ours")]
+# ---- Settings of a run ---------------------------------------------------------------------------
 
-    def train(cfg):
-        if isinstance(result[0], Exception):
-            raise result[0]
-        return result[0]
-    monkeypatch.setattr(script, "train", train)
-    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(script.dist, "destroy_process_group", lambda: left.append(1))
-    assert script.main(["--out", str(tmp_path)]) == 0 and left == [1]
-    result.pop(0)
-    with pytest.raises(ZeroDivisionError):
-        script.main(["--out", str(tmp_path)])
-    assert left == [1]
-
-
-def test_weight_decay_groups():
-    """Appendix A: none on biases and positional embedding, some on [CLS] and the rest."""
-    import uvit_sc
-    net = uvit_sc.build_net(uvit_sc.make_config("cifar10", backbone="uvit_tiny"))
-    decayed = {id(p) for p in uvit_sc.make_optimizer(net, net.cfg).param_groups[0]["params"]}
-    names = {name for name, p in net.named_parameters() if id(p) in decayed}
-    assert {"cls_token", "patch_embed.proj.weight", "norm.weight", "mid_block.attn.qkv.weight"} <= names
-    assert "pos_embed" not in names and not any(name.endswith("bias") for name in names)
+@one
+def test_another_run_is_refused_by_name(script, config, monkeypatch):
+    """What bends a curve may not change, nor the data; what does not, may."""
+    cfg = config(steps=1)
+    script.train(cfg)
+    with pytest.raises(script.UserError, match="seed: 0 there, 3 now.*lr: 0.001 there, 0.01 now"):
+        script.train(config(lr=1e-2, seed=3, steps=2))
+    with pytest.raises(script.UserError, match=r"; --init .*last.pt starts one anew"):
+        script.train(config(lr=1e-2, steps=2))
+    images, labels = random_data(script)
+    monkeypatch.setattr(script, "load_data", lambda cfg, train: (255 - images, labels))
+    with pytest.raises(script.UserError, match="data"):
+        script.train(config(steps=2))
+    use_random_data(script, monkeypatch.setattr)
+    script.train(config(accum=2, save_every=7, steps=2))
+    assert final(cfg.out)["step"] == 2
 
 
 @one
-def test_resume_without_log_or_loss_scale(script, small):
-    """last.pt alone is enough; a run begun without loss scaling goes on where fp16 needs it, and --init is not read again."""
-    script.train(script.make_config(**small, steps=2))
-    (Path(small["out"]) / "log.jsonl").unlink()
-    script.train(script.make_config(**{**small, "init": "gone.pt"}, steps=3))
-    assert len(losses(small["out"])) == 1
-    cfg = script.make_config(**small)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    script.restore(Path(small["out"]) / "last.pt", cfg, dict(scaler=scaler))
-    assert scaler.is_enabled() and not final(small["out"])["scaler"]
+def test_learning_rate_and_clipping(script, config, monkeypatch):
+    """The rate rises over --warmup epochs of 8 steps and falls to 0 over the last --lr_decay of the
+    run; gradients have a norm of --clip at most."""
+    limits, clip = [], script.nn.utils.clip_grad_norm_
+
+    def spy(parameters, norm):
+        limits.append(norm)
+        return clip(parameters, norm)
+    monkeypatch.setattr(script.nn.utils, "clip_grad_norm_", spy)
+    cfg = config(warmup=1.5, lr_decay=0.25, steps=20)
+    script.train(cfg)
+    expected = [1e-3 * min(1, (step + 1) / 12, (20 - step) / 5) for step in range(20)]
+    assert [line["lr"] for line in log(cfg.out)] == pytest.approx(expected)
+    script.train(config(clip=0.0, steps=1, out=cfg.out + "2"))
+    assert limits == [1] * 20 + [float("inf")]
 
 
-def test_init_starts_from_given_weights(script, small, tmp_path):
-    script.train(script.make_config(**small, steps=2))
-    weights = final(small["out"])["ema"]
+@one
+def test_a_loss_that_is_not_finite_ends_the_run(script, config, monkeypatch):
+    """At the next line of the log, which is before the next checkpoint; the last good one stays."""
+    script.train(config(steps=4))
+    saved = Path(config().out, "last.pt").read_bytes()
+    loss, calls = script.Diffusion.loss, []
+
+    def once(*args):
+        calls.append(1)
+        return loss(*args) * (torch.nan if len(calls) == 49 else 1)
+    monkeypatch.setattr(script.Diffusion, "loss", once)
+    with pytest.raises(script.UserError, match="not finite at step 60"):
+        script.train(config(steps=100))
+    assert Path(config().out, "last.pt").read_bytes() == saved
+
+
+@pytest.mark.parametrize("script, amp", [("edm_sc", "bf16"), ("uvit_sc", "fp16"),
+                                         ("dit_latent_sc", "bf16")], indirect=["script"])
+def test_mixed_precision(script, config, amp):
+    """On the CPU as well; weights stay float32. bf16 keeps 8 bits, so that terms of a loss are
+    wrong by up to 2^-8 of them, in either direction."""
+    cfg, plain = config(steps=8, amp=amp), config(steps=8, out=config().out + "32")
+    script.train(cfg)
+    script.train(plain)
+    state, pairs = final(cfg.out), list(zip(losses(cfg.out), losses(plain.out)))
+    assert all(p.dtype == torch.float32 for p in state["model"].values())
+    assert bool(state["scaler"]) == (amp == "fp16")
+    assert 0 < max(abs(a / b - 1) for a, b in pairs) < 2 ** -6
+
+
+@pytest.mark.slow
+@only("ddpm_sc", "uvit_sc", "dit_latent_sc")
+def test_compiled_network(script, config):
+    """--compile, where there is a compiler: the losses of test_golden.py's tolerance."""
+    plain, compiled = config(steps=8), config(steps=8, compile=True, out=config().out + "c")
+    script.train(plain)
+    script.train(compiled)
+    for step, (a, b) in enumerate(zip(losses(plain.out), losses(compiled.out)), 1):
+        assert a == pytest.approx(b, rel=2e-6 * step)
+
+
+# ---- Starting from weights -----------------------------------------------------------------------
+
+@one
+def test_init(script, config, tmp_path):
+    """A state_dict or a checkpoint's averaged weights; at rate 0 they stay what they are. What does
+    not fit is named; when the run goes on, the file is not read again."""
+    weights = small_net(script).state_dict()
     torch.save(weights, tmp_path / "weights.pt")
-    for source in (tmp_path / "weights.pt", Path(small["out"]) / "last.pt"):
-        net = script.build_net(script.make_config(**small))
-        script.load_weights(net, source)
-        assert same(dict(net.state_dict()), dict(weights))
-    gone = next(name for name in weights if name.endswith("norm1.weight"))
-    del weights[gone]
+    torch.save(dict(ema=weights, model={}), tmp_path / "last.pt")
+    for name in ("weights.pt", "last.pt"):
+        cfg = config(init=str(tmp_path / name), lr=0.0, steps=1, out=str(tmp_path / f"from_{name}"))
+        script.train(cfg)
+        assert same(dict(final(cfg.out)["model"]), dict(weights))
+    script.train(dataclasses.replace(cfg, init="gone.pt", steps=2))
+    del weights["mid_block.norm1.weight"]
     torch.save(weights, tmp_path / "weights.pt")
-    with pytest.raises(script.UserError, match=f"does not fit.*{gone}"):
-        script.load_weights(net, tmp_path / "weights.pt")
+    with pytest.raises(script.UserError, match="does not fit.*mid_block.norm1.weight"):
+        script.train(config(init=str(tmp_path / "weights.pt")))
+
+
+@torch.no_grad()
+def test_retrofit(script, tmp_path, capsys):
+    """Weights of a network without self-conditioning start one with it. At first its output is the
+    same: bit for bit, as W f is 0; with [CLS], a token that says nothing yet, nearly."""
+    methods = {"UViT": ["cls"]}.get(script.Network.__name__, ["adaptive", "add"])
+    baseline = small_net(script, self_cond="none")
+    torch.save(dict(baseline.state_dict()), tmp_path / "baseline.pt")
+    x, _ = random_data(script)
+    x = x[:4, 0].float() if script.SCRIPT == "dit_latent_sc" else script.to_float(x[:4])
+    c_noise = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    for method in methods:
+        net = small_net(script, self_cond=method)
+        script.load_weights(net, tmp_path / "baseline.pt")
+        assert "cls_token" in capsys.readouterr().out or method != "cls"
+        a, b = baseline(x, c_noise)[0], net(x, c_noise)[0]
+        assert torch.equal(a, b) if method != "cls" else (a - b).norm() < 0.1 * a.norm()
+        assert all(torch.equal(p, dict(net.named_parameters())[name])
+                   for name, p in baseline.named_parameters() if name != "pos_embed")
+
+
+@only("dit_latent_sc")
+def test_init_keeps_what_these_latents_are_normalised_by(script, config, tmp_path):
+    """Weights may come from a run on other latents."""
+    net = small_net(script)
+    net.latent_mean += 3
+    torch.save(dict(ema=net.state_dict()), tmp_path / "other.pt")
+    cfg = config(steps=1, init=str(tmp_path / "other.pt"))
+    script.train(cfg)
+    assert not final(cfg.out)["model"]["latent_mean"].any()
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+
+def test_ema_rate():
+    """min(rate, 1 - n^(-2/3)): the first call copies; buffers are copied, never averaged. Without
+    the ramp, which LightningDiT does not have: the rate itself."""
+    script = load("dit_latent_sc")
+    net, ema = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1).requires_grad_(False)
+    for n, value, ramp in ((1, 3.0, True), (8, 5.0, True), (10**9, 7.0, True), (1, 9.0, False)):
+        net.weight.data.fill_(value)
+        net.running_mean.fill_(value)
+        before = ema.weight.item()
+        script.update_ema(ema, net, 0.9, n, ramp)
+        rate = min(0.9, 1 - n ** (-2 / 3)) if ramp else 0.9
+        assert ema.weight.item() == pytest.approx(rate * before + (1 - rate) * value, rel=1e-6)
+        assert ema.running_mean.item() == value
+    ramps = [script.make_config(name).ema_ramp for name in ("glyphs", "folder", "imagenet")]
+    assert ramps == [True, True, False]
+
+
+@one
+def test_batches_and_random_keys(script):
+    """A batch has the next images of shuffled epochs. Keys that agree in their low 32 bits, or in
+    their sum, give different streams."""
+    order = torch.cat([script.batch_indices(10, 4, seed=1, step=step) for step in range(5)])
+    assert order[:10].sort()[0].tolist() == order[10:].sort()[0].tolist() == list(range(10))
+    other = torch.cat([script.batch_indices(10, 4, seed=2, step=step) for step in range(3)])
+    assert not torch.equal(order[:10], order[10:]) and not torch.equal(order[:10], other[:10])
+    keys = (0, 1), (1, 0), (0, 1, 0), (2**32, 1), (0, 2**32 + 1)
+    assert len({script.rng(*key).initial_seed() for key in keys}) == 5
+
+
+@only("uvit_sc", "dit_latent_sc")
+def test_reading_batches(script, config):
+    """From any step on. Latents come from a disk: a thread reads them one step ahead."""
+    images, labels = torch.arange(64).view(-1, 1), torch.arange(64)
+    threads, device = threading.active_count(), torch.device("cpu")
+    batches = script.read_batches(images, labels, config(), 3, slice(2, 6), device)
+    for step in (3, 4):
+        x, y = next(batches)
+        assert y.tolist() == x[:, 0].tolist() == script.batch_indices(64, 8, 0, step)[2:6].tolist()
+    assert threading.active_count() == threads + (script.SCRIPT == "dit_latent_sc")
+    batches.close()
+
+
+def test_weight_decay_groups(script):
+    """Appendix A: none on biases and positions, some on [CLS] and the rest; UNets have no decay, so
+    that AdamW is Adam (Table 11)."""
+    net = small_net(script)
+    groups = script.make_optimizer(net, net.cfg).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.03, 0]
+    free = {id(p) for p in groups[1]["params"]}
+    names = {name for name, p in net.named_parameters() if id(p) in free}
+    assert all(name.endswith("bias") or name == "pos_embed" for name in names)
+    assert len(groups[0]["params"]) + len(names) == len(list(net.parameters()))
