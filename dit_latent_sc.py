@@ -93,7 +93,7 @@ class Config:
 TINY_DIT = dict(backbone="dit_tiny", tokenizer="unshuffle", cell=4, batch=32, lr=1.5e-3, warmup=0.3,
                 lr_decay=0.8, beta2=0.999, layer="block_4", cl_hidden=512, nfe=50, clip=1.0)
 RECIPES = {  # fields of Config by data set; under `unconditional` those that differ with --uncond
-    "glyphs": dict(TINY_DIT, epochs=5, flip=False, save_every=1, sample_every=2),
+    "glyphs": dict(TINY_DIT, epochs=5, flip=False, save_every=1, sample_every=4),
     "imagenet100": dict(size=256, ema_ramp=False, unconditional=dict(epochs=1400)),
     "imagenet": dict(size=256, ema_ramp=False, epochs=90, save_every=10, sample_every=10,
                      layer="block_10", unconditional=dict(layer="block_9")),

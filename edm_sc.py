@@ -84,10 +84,10 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png, 0: never
 
 
-TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=32, lr=2e-3, warmup=0.1, lr_decay=0.5,
+TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=16, lr=2e-3, warmup=0.1, lr_decay=0.9,
                  layer="out_2", cl_hidden=512)
 RECIPES = {  # fields of Config by data set; under a backbone's name those that differ with it
-    "glyphs": dict(TINY_UNET, epochs=2.5, flip=False, save_every=1, sample_every=1),
+    "glyphs": dict(TINY_UNET, epochs=2.4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_9")),
     "cifar100": dict(layer="out_6", ddpmpp=dict(batch=256, layer="out_8")),
@@ -199,7 +199,7 @@ class Resample(nn.Module):
 class UNet(nn.Module):
     """Down through the levels, a middle, up again with skips; the decoder reads its own feature."""
     sizes = {  # base width, multiples of it by level, blocks per level, BigGAN, side of attention
-        "unet_tiny": (32, (1, 2, 2), 1, False, 8),
+        "unet_tiny": (32, (1, 1, 4), 1, False, 8),
         "ddpm": (128, (1, 2, 2, 2), 2, False, 16),
         "ddpmpp": (128, (2, 2, 2), 4, True, 16),
     }

@@ -175,8 +175,7 @@ def neighbours(get, labels, test, test_labels, device, k=20, T=0.07):
     votes = torch.empty_like(best, dtype=torch.long)            # and their classes
     for rows in torch.arange(len(labels)).split(500):
         train = F.normalize(get(0, rows)[0].to(device).float(), dim=1)
-        cosines = torch.cat([best, test @ train.T], dim=1)
-        best, which = cosines.topk(min(k, len(labels)), dim=1)
+        best, which = torch.cat([best, test @ train.T], dim=1).topk(min(k, len(labels)), dim=1)
         y = labels[rows].to(device).expand(len(test), -1)
         votes = torch.cat([votes, y], dim=1).gather(1, which)
     score = torch.zeros(len(test), int(labels.max()) + 1, device=device)
@@ -280,9 +279,10 @@ def save_curves(results, path, W=700, H=330):       # at the chosen times
     for i, (label, line) in enumerate(curves.items()):
         colour = f"hsl({360 * i // len(curves)}, 75%, 42%)"
         draw.text((W + 70, 34 + 16 * i), label, colour)
-        scale = W / depth, -H / max(high - low, 1e-9)
-        line = (np.array(line) - (0, high)) * scale + (50, 40)
+        line = (np.array(line) - (0, high)) * (W / depth, -H / max(high - low, 1e-9)) + (50, 40)
         draw.line(line.ravel().tolist(), colour, width=2)
+        for x, y in line:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
     image.save(path)
 
 
@@ -321,7 +321,7 @@ def probe_one(path, args, words, many):     # of a checkpoint or --init: the res
     defaults = dict(n=0, epochs=15 if cfg.dataset.startswith("cifar") else 30, batch=512, lr=4e-3,
                     times=list(module.Diffusion.probe_times) if args.grid else [cfg.t_probe])
     if cfg.dataset == "glyphs":     # a minute on two cores; with enough steps
-        defaults |= dict(n=5000, batch=32)
+        defaults |= dict(n=10000, batch=32)
     elif hasattr(cfg, "tokenizer"):
         defaults |= dict(batch=1440, lr=2e-3)
     known = {}                      # name: the layer that has to be computed for it
@@ -385,7 +385,7 @@ def main(argv=sys.argv[1:]):
     add("--grid", action="store_true", default=False, help="search the formulation's usual times")
     add("--layers", nargs="+", help="such as out_2 cls_2 token_2 (all but token_*)")
     add("--tokens", action="store_true", default=False, help="also one random position of each map")
-    add("--n", "--images", type=int, help="training images (all; glyphs 5000); not --n by torchrun")
+    add("--n", "--images", type=int, help="training images (all; glyphs 10000); not --n by torchrun")
     add("--draws", type=int, default=2, help="of flips and noise (2; DDAE: one for each epoch)")
     add("--epochs", type=int, help="of the heads (15 on CIFAR, 30 elsewhere: Table 11)")
     add("--batch", type=int, help="of the heads (512; latents of images 1440; glyphs 32)")

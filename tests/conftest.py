@@ -24,9 +24,10 @@ SCRIPTS = [*PIXEL, "dit_latent_sc"]
 # out_1 to out_4; 4 blocks with out_1 and out_2; 3 blocks.
 SIZES = {"UNet": (16, (1, 2), 1, False, 8), "UViT": (64, 4, 4), "DiT": (3, 64, 4)}
 # Runs are the same whatever the recipes say: fields that change a loss are named here.
-RUN = dict(dataset="glyphs", backbone="small", batch=8, epochs=2, warmup=0.0, lr=1e-3, beta1=0.9,
-           beta2=0.99, weight_decay=0.03, clip=1.0, ema=0.999, dropout=0.0, flip=True, nfe=2,
-           cl_hidden=32, device="cpu", amp="off", save_every=0, sample_every=0)
+RUN = dict(dataset="glyphs", backbone="small", batch=8, epochs=2, warmup=0.0, lr=1e-3, lr_decay=0.0,
+           beta1=0.9, beta2=0.99, weight_decay=0.03, clip=1.0, ema=0.999, ema_ramp=True, nfe=2,
+           dropout=0.0, flip=True, cl_hidden=32, device="cpu", amp="off", save_every=0,
+           sample_every=0)
 OWN = {"UNet": dict(layer="out_2"), "UViT": dict(layer="out_1", patch=4, pos_init="sincos"),
        "DiT": dict(layer="block_2", tokenizer="unshuffle", cell=4, class_drop=0.1)}
 ALONE = {"ddpm_sc": dict(time_scale=0.001, t_probe=11), "uvit_sc": dict(time_scale=1.0)}
@@ -85,8 +86,7 @@ def use_random_data(script, replace=setattr):
     no_statistics(replace)
 
 
-def no_statistics(replace=setattr):
-    """Networks for latents are built without files."""
+def no_statistics(replace=setattr):     # networks for latents are built without files
     dit = load("dit_latent_sc")
 
     def statistics(cfg):
@@ -108,6 +108,15 @@ def rounding(largest, additions):
     """The error of a float32 result that needs so many additions, one after another, of terms up to
     `largest`: half an ulp each, all in one direction. Any order, on any CPU, stays within it."""
     return largest * additions * 2.0 ** -24
+
+
+def agree(found, expected):
+    """Whether losses of the first steps are the same but for rounding. A loss is a mean of
+    thousands of squares, whose errors cancel: 2e-6, 16 ulps, is more than another order of addition
+    makes of it. Each step carries them on, and Adam divides by the size of gradients: 2e-6 more for
+    each."""
+    pairs = list(zip(found, expected, strict=True))
+    return all(abs(a / b - 1) < 2e-6 * step for step, (a, b) in enumerate(pairs, 1))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
