@@ -183,7 +183,8 @@ def test_few_images_drawn_by_the_seed(run, monkeypatch):
 
 @pytest.mark.parametrize("name, dataset, epochs, batch, lr, n", [
     ("uvit_sc", "cifar10", 15, 512, 4e-3, 0), ("edm_sc", "imagenet100", 30, 512, 4e-3, 0),
-    ("edm_sc", "glyphs", 30, 32, 4e-3, 10000), ("dit_latent_sc", "glyphs", 30, 32, 4e-3, 5000),
+    ("edm_sc", "glyphs", 30, 32, 4e-3, 10000),
+    ("dit_latent_sc", "glyphs", 30, 32, 4e-3, 10000),
     ("dit_latent_sc", "imagenet", 30, 1440, 2e-3, 0)])
 def test_settings_of_table_11(name, dataset, epochs, batch, lr, n, tmp_path, monkeypatch):
     module, seen = importlib.import_module(name), []
