@@ -744,10 +744,10 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 # ---- 7. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory or mapped ---------------
 
-# Strokes of the ten digits on a seven-segment display: "10 78" goes from (1, 0) to (7, 8), y down.
-DIGITS = ["10 70 78 18 10", "70 78", "10 70 74 14 18 78", "10 70 78 18, 14 74", "10 14 74, 70 78",
-          "70 10 14 74 78 18", "70 10 18 78 74 14", "10 70 78", "10 70 78 18 10, 14 74",
-          "74 14 10 70 78 18"]
+# The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
+DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",
+          "1014 1474 7078", "7010 1014 1474 7478 7818", "7010 1018 1878 7874 7414", "1070 7078",
+          "1070 7078 7818 1810 1474", "7414 1410 1070 7078 7818"]
 
 
 def draw_glyphs(n, seed):
@@ -760,31 +760,30 @@ def draw_glyphs(n, seed):
         return (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
 
     grid = np.arange(-7.5, 8, dtype=np.float32)
-    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))         # pixel centres
-    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                     # shift
-    u = uniform(-0.14, 0.14)                                                    # rotate: 2 atan(u)
-    x, y = (((1 - u * u) * x + 2 * u * y) / (1 + u * u),
-            ((1 - u * u) * y - 2 * u * x) / (1 + u * u))
-    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                 # shear and scale
+    x0, y0 = np.tile(grid, 16), np.repeat(grid, 16)                 # pixel centres (256,)
+    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)         # to the digit's axes (n, 256):
+    u = uniform(-0.14, 0.14)                                        # shift, turn by 2 atan(u),
+    cos, sin, norm = 1 - u * u, 2 * u, 1 + u * u
+    x, y = (cos * x + sin * y) / norm, (cos * y - sin * x) / norm
+    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4     # shear and scale
     y = y / uniform(1.1, 1.35) + 4
-    distance = np.full((n, 256), 99, np.float32)                                # to the next stroke
-    for digit, strokes in enumerate(DIGITS):
-        for stroke in strokes.split(", "):
-            points = [np.array([int(a), int(b)], np.float32) for a, b in stroke.split()]
-            for start, end in zip(points, points[1:]):
-                px, py, (dx, dy) = x[digit::10] - start[0], y[digit::10] - start[1], end - start
-                along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-                off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
-                distance[digit::10] = np.minimum(distance[digit::10], off)
-    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                  # (n, 1, 256)
-    dark = uniform(0, 1) < 0.5
-    front = np.where(dark, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)
-    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                          # (n, 3)
+    distance = np.full((n, 256), 99, np.float32)                    # to the nearest line
+    for digit, lines in enumerate(DIGITS):
+        for line in lines.split():
+            x1, y1, x2, y2 = map(int, line)
+            px, py, dx, dy = x[digit::10] - x1, y[digit::10] - y1, x2 - x1, y2 - y1
+            along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+            off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+            distance[digit::10] = np.minimum(distance[digit::10], off)
+    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)               # one pixel of blur
+    front = np.where(uniform(0, 1) < 0.5, uniform(0, 0.25), uniform(0.75, 1))
+    front = front + uniform(-0.04, 0.04, 3)                         # a tint (n, 3)
+    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)
     slope = uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0
-    back = back[..., None] + slope[:, None]
-    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255)
-    image = image + rng.randint(-2, 3, (n, 3, 256))
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+    back = back[:, :, None] + slope[:, None]                        # a gradient (n, 3, 256)
+    image = np.clip(back + (front[:, :, None] - back) * ink[:, None], 0, 1) * np.float32(255)
+    image = np.clip(image + rng.randint(-2, 3, (n, 3, 256)) + 0.5, 0, 255)
+    return image.astype(np.uint8).reshape(n, 3, 16, 16), labels
 
 
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
@@ -806,34 +805,32 @@ def fetch(name, folder):
     (md5, *mirrors), path, faults = DOWNLOADS[name], Path(folder, name), []
     if path.exists():
         return path
-    for mirror in mirrors:
+    for url in [mirror + name for mirror in mirrors]:
         try:
-            with urllib.request.urlopen(mirror + name, timeout=30) as reply, new_file(path) as file:
+            with urllib.request.urlopen(url, timeout=30) as reply:
                 bar = tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None)
-                digest = hashlib.md5()
-                with bar as stream:
-                    while chunk := stream.read(2**20):
-                        digest.update(chunk)
-                        file.write(chunk)
-                if digest.hexdigest() != md5:
-                    raise OSError(f"{file.tell()} bytes with another MD5 came")
+                with bar as body:
+                    data = b"".join(iter(lambda: body.read(2**20), b""))
+            if hashlib.md5(data).hexdigest() != md5:
+                raise OSError(f"{len(data)} bytes of another MD5 came")
+            with new_file(path) as file:
+                file.write(data)
             return path
         except (OSError, http.client.HTTPException) as error:
-            faults.append(f"{mirror}{name}: {error}")
+            faults.append(f"{url}: {error}")
     raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} "
                     f"into {folder}, or name the folder that holds it with --data_dir")
 
 
 def read_cifar(cfg, train):
     """The binary archives, read in place: a label (or: coarse, fine), then 3 x 32 x 32 pixels."""
+    archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary", 2
+    names = ["train.bin" if train else "test.bin"]
     if cfg.dataset == "cifar10":
-        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin/", 1
-        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    else:
-        archive, folder, head = "cifar-100-binary.tar.gz", "cifar-100-binary/", 2
-        files = ["train.bin" if train else "test.bin"]
+        archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin", 1
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     with tarfile.open(fetch(archive, cfg.data_dir)) as tar:
-        data = b"".join(tar.extractfile(folder + name).read() for name in files)
+        data = b"".join(tar.extractfile(f"{folder}/{name}").read() for name in names)
     records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
     return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
 
@@ -843,10 +840,10 @@ def read_fashion_mnist(cfg, train):
     arrays = []
     for kind, dims in ("images", 3), ("labels", 1):
         name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
-        debian = Path("/usr/share/datasets/fashion-mnist", name)
-        here = debian.exists() and not Path(cfg.data_dir, name).exists()
-        with gzip.open(debian if here else fetch(name, cfg.data_dir)) as file:
-            data = file.read()
+        path = Path("/usr/share/datasets/fashion-mnist", name)
+        if not path.exists() or Path(cfg.data_dir, name).exists():
+            path = fetch(name, cfg.data_dir)
+        data = gzip.decompress(path.read_bytes())
         shape = np.frombuffer(data[4:4 + 4 * dims], ">i4")
         arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
     images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]               # 28 in 32 pixels
@@ -871,85 +868,84 @@ def read_tiny_imagenet(cfg, train):
         return decode_once(cfg, train, names, labels, stamps, archive.open)
 
 
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val",
-              test="val", testing="val")                        # names in any case -> train or val
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 KINDS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
+def visible(folder):
+    """What is in a folder, by name, but for hidden files and folders and what a Mac adds."""
+    entries = os.scandir(folder) if os.path.isdir(folder) else []
+    kept = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def subfolders(folder):
-    """{name: path} of the folders in a folder."""
-    found = sorted(folder.iterdir())
-    return {path.name: path for path in found if path.is_dir() and visible(path.name)}
+    return [entry.name for entry in visible(folder) if entry.is_dir()]
 
 
-def list_files(folder):
-    """Pictures under a folder, at any depth, in order, and how many other files there are. Links
-    are followed, but no folder is read twice."""
-    pictures, others, seen = [], 0, set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = sorted(name for name in inner if visible(name))
-        if os.path.realpath(place) in seen:
-            inner[:] = []
-            continue
-        seen.add(os.path.realpath(place))
-        names = sorted(name for name in names if visible(name))
-        good = [os.path.join(place, name) for name in names if name.lower().endswith(KINDS)]
-        pictures += good
-        others += len(names) - len(good)
-    return pictures, others
+def walk(folder, seen):
+    """Paths of all files in a folder, at any depth. Links are followed, a folder is read once."""
+    if os.path.realpath(folder) not in seen:
+        seen.add(os.path.realpath(folder))
+        for entry in visible(folder):
+            if entry.is_dir():
+                yield from walk(entry.path, seen)
+            elif entry.is_file():
+                yield entry.path
 
 
 def list_folders(cfg, train):
-    """Files and labels of class folders, train/CLASS/** or val/CLASS/** in data_dir/DATASET or in
-    data_dir; with --dataset folder, and no folder train, CLASS/** there."""
-    root = Path(cfg.data_dir, cfg.dataset)
+    """Pictures of train/CLASS/** or val/CLASS/**, in data_dir/DATASET or data_dir: paths, labels,
+    and what changes with a file. --dataset folder may have CLASS/** there, without any split."""
+    here, root = f"--data_dir {cfg.data_dir}", Path(cfg.data_dir, cfg.dataset)
     root = root if root.is_dir() else Path(cfg.data_dir)
-    found = subfolders(root) if root.is_dir() else {}
-    splits = {SPLITS[name.lower()]: path for name, path in found.items() if name.lower() in SPLITS}
-    flat = cfg.dataset == "folder" and found and not splits
-    home = root if flat else splits.get("train")
-    here = home if train else splits.get("val")
-    if not home or not here:
-        raise UserError(f"--data_dir {cfg.data_dir}: --dataset {cfg.dataset} reads train/CLASS and "
-                        f"val/CLASS in {root}, and finds {', '.join(found) or 'no folder'} there")
-    classes, folders, files, labels, others = list(subfolders(home)), subfolders(here), [], [], 0
-    wanted = DATASETS[cfg.dataset][2]
-    if len(classes) != (wanted or max(1, len(classes))):
-        raise UserError(f"--data_dir {cfg.data_dir}: {home} has {len(classes)} class folders, and "
-                        f"--dataset {cfg.dataset} needs {wanted or 'some'}")
-    for name, folder in folders.items():
-        pictures, rest = list_files(folder)
+    found = {name.lower(): root / name for name in subfolders(root)}
+    homes = [found[name] for name in TRAIN if name in found]
+    tests = [found[name] for name in TEST if name in found]
+    there = ", ".join(path.name for path in homes + tests) or "no split"
+    if cfg.dataset == "folder" and there == "no split":
+        homes = [root]
+    if not homes or not (train or tests):
+        raise UserError(f"{here}: {root} has {there}; --dataset {cfg.dataset} reads train/CLASS "
+                        "and val/CLASS, or CLASS alone where no folder is named like a split")
+    split, classes = (homes if train else tests)[0], subfolders(homes[0])
+    files, labels, others, seen = [], [], 0, {os.path.realpath(split)}
+    for name in subfolders(split):
+        paths = list(walk(split / name, seen))
+        pictures = [path for path in paths if path.lower().endswith(KINDS)]
         if name not in classes or (train and not pictures):
-            fault = "holds no picture" if name in classes else f"is no class of {home}"
-            raise UserError(f"--data_dir {cfg.data_dir}: {folder} {fault}; remove it, or mend that")
+            fault = "has no pictures" if name in classes else f"is no class of {homes[0]}"
+            raise UserError(f"{here}: {split / name} {fault}; remove it, or mend that")
         files += pictures
         labels += [classes.index(name)] * len(pictures)
-        others += rest
+        others += len(paths) - len(pictures)
+    wanted = DATASETS[cfg.dataset][2] or len(classes)
+    if len(classes) != wanted or not files:
+        raise UserError(f"{here}: {homes[0]} has {len(classes)} class folders and {split} has "
+                        f"{len(files)} pictures; --dataset {cfg.dataset} needs {wanted or 'some'}")
     if RANK == 0:
-        names = classes if len(classes) < 3 else [classes[0], "...", classes[-1]]
-        print(f"{here}: {len(classes)} classes ({', '.join(names)}), {len(files)} images"
-              + (f"; {others} files are no pictures" if others else ""), flush=True)
-    return files, labels
+        names = ", ".join(classes if len(classes) < 3 else [classes[0], "...", classes[-1]])
+        note = f"; {others} other files are no pictures" if others else ""
+        print(f"{split}: {len(classes)} classes ({names}), {len(files)} images{note}", flush=True)
+    stats = [os.stat(file) for file in files]
+    return files, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def read_image(file):
     """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
-    grey scaled to 8. No format that starts another program. ValueError: numbers of any range."""
+    grey scaled to 8. Formats that start another program, as PostScript does, are not read."""
     formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
     with Image.open(file, formats=formats) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"32-bit numbers, mode {image.mode}, whose range is unknown")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"numbers of mode {image.mode}, 32 bits, whose range is unknown")
+        if deep:
+            grey = np.asarray(image, np.float32) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
@@ -959,54 +955,44 @@ def centre_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.BOX)
     scale = size / min(image.size)
-    pixels = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-    pixels = np.asarray(pixels)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size].transpose(2, 0, 1)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
+    return np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
 
 
-def decode_once(cfg, train, names, labels, stamps, open_file):
+def leave_out(cfg, bad, N):
+    """A note on pictures that cannot be decoded, by what `bad` says; over 1 in 100 are an error."""
+    if bad:
+        text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad.values())}"
+        if 100 * len(bad) > N:
+            raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
+        print(f"note: {text}; they are left out", file=sys.stderr)
+
+
+def decode_once(cfg, train, names, labels, stamps, open_file=Path):
     """Images (N, 3, S, S), mapped from a file in data_dir, and labels (N,). The first run decodes
-    and writes it: images, then labels as uint16. Its name has a hash of the listing."""
-    key = hashlib.sha256(repr((names, labels, stamps)).encode()).hexdigest()[:12]
-    split = "train" if train else "test"
-    path = Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{split}-{key}.u8")
+    and writes it: images, then labels as uint16. Its name has a hash of what it was made from."""
+    key = hashlib.sha256(repr((labels, stamps)).encode()).hexdigest()[:12]
+    split, S, bad = "train" if train else "test", cfg.size, {}
+    path = Path(cfg.data_dir, f"{cfg.dataset}{S}-{split}-{key}.u8")
 
     def decode(name):
         try:
-            with open_file(name) as file:
-                return centre_crop(read_image(file), cfg.size).tobytes()
-        except Exception as error:                              # Pillow fails in many ways
-            return error
+            return centre_crop(read_image(open_file(name)), S).tobytes()
+        except Exception as error:                                  # Pillow fails in many ways
+            bad[name] = f"{name} ({error})"
+            return b""
 
     if not path.exists():
-        kept, bad = [], []
         with new_file(path) as file, concurrent.futures.ThreadPoolExecutor() as pool:
             for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", disable=None):
-                some, decoded = slice(i, i + 256), pool.map(decode, names[i:i + 256])
-                for name, label, data in zip(names[some], labels[some], decoded):
-                    if isinstance(data, bytes):
-                        file.write(data)
-                        kept.append(label)
-                    else:
-                        bad.append(f"{name} ({data})")
-            if 100 * len(bad) > len(names):
-                raise UserError(f"--data_dir {cfg.data_dir}: {len(bad)} of {len(names)} pictures "
-                                f"cannot be decoded, first {bad[0]}; remove or mend them")
+                file.writelines(pool.map(decode, names[i:i + 256]))
+            leave_out(cfg, bad, len(names))
+            kept = [label for name, label in zip(names, labels) if name not in bad]
             file.write(np.array(kept, np.uint16).tobytes())
-        if bad:
-            print(f"note: {len(bad)} of {len(names)} pictures cannot be decoded and are left out, "
-                  f"first {bad[0]}", file=sys.stderr)
-    N = path.stat().st_size // (3 * cfg.size ** 2 + 2)
-    labels = np.fromfile(path, np.uint16, offset=3 * N * cfg.size ** 2)
-    return np.memmap(path, np.uint8, "c", shape=(N, 3, cfg.size, cfg.size)), labels
-
-
-def read_folders(cfg, train):
-    files, labels = list_folders(cfg, train)
-    stats = [os.stat(file) for file in files]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    return decode_once(cfg, train, files, labels, stamps, functools.partial(open, mode="rb"))
+    N = path.stat().st_size // (3 * S * S + 2)
+    labels = np.fromfile(path, np.uint16, offset=3 * S * S * N)
+    return np.memmap(path, np.uint8, "c", shape=(N, 3, S, S)), labels
 
 
 def load_data(cfg, train):
@@ -1016,14 +1002,15 @@ def load_data(cfg, train):
     try:
         if cfg.dataset == "glyphs":
             images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
+        elif cfg.dataset in readers:
+            images, labels = readers[cfg.dataset](cfg, train)
         else:
-            images, labels = readers.get(cfg.dataset, read_folders)(cfg, train)
+            images, labels = decode_once(cfg, train, *list_folders(cfg, train))
     except UserError:
         raise
-    except Exception as error:                                  # damaged archives fail in many ways
-        text = " ".join(str(error).split())
-        raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read ({text}); "
-                        "delete what is damaged, and the next run fetches it")
+    except Exception as error:                                      # damage shows in many ways
+        raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read "
+                        f"({' '.join(str(error).split())}); delete what is damaged")
     if images.shape[2] != cfg.size:
         raise UserError(f"--size {cfg.size}: {cfg.dataset} has {images.shape[2]} pixels a side")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))

@@ -699,10 +699,10 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 # ---- 7. Data: latents float16 (N, 2, C, h, w) of images and their mirror images, from a file -----
 
-# Strokes of the ten digits on a seven-segment display: "10 78" goes from (1, 0) to (7, 8), y down.
-DIGITS = ["10 70 78 18 10", "70 78", "10 70 74 14 18 78", "10 70 78 18, 14 74", "10 14 74, 70 78",
-          "70 10 14 74 78 18", "70 10 18 78 74 14", "10 70 78", "10 70 78 18 10, 14 74",
-          "74 14 10 70 78 18"]
+# The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
+DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",
+          "1014 1474 7078", "7010 1014 1474 7478 7818", "7010 1018 1878 7874 7414", "1070 7078",
+          "1070 7078 7818 1810 1474", "7414 1410 1070 7078 7818"]
 
 
 def draw_glyphs(n, seed):
@@ -715,112 +715,110 @@ def draw_glyphs(n, seed):
         return (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
 
     grid = np.arange(-7.5, 8, dtype=np.float32)
-    x0, y0 = (axis.reshape(1, 256) for axis in np.meshgrid(grid, grid))         # pixel centres
-    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)                     # shift
-    u = uniform(-0.14, 0.14)                                                    # rotate: 2 atan(u)
-    x, y = (((1 - u * u) * x + 2 * u * y) / (1 + u * u),
-            ((1 - u * u) * y - 2 * u * x) / (1 + u * u))
-    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4                 # shear and scale
+    x0, y0 = np.tile(grid, 16), np.repeat(grid, 16)                 # pixel centres (256,)
+    x, y = x0 - uniform(-0.3, 0.3), y0 - uniform(-0.3, 0.3)         # to the digit's axes (n, 256):
+    u = uniform(-0.14, 0.14)                                        # shift, turn by 2 atan(u),
+    cos, sin, norm = 1 - u * u, 2 * u, 1 + u * u
+    x, y = (cos * x + sin * y) / norm, (cos * y - sin * x) / norm
+    x = (x + uniform(-0.05, 0.05) * y) / uniform(1.1, 1.35) + 4     # shear and scale
     y = y / uniform(1.1, 1.35) + 4
-    distance = np.full((n, 256), 99, np.float32)                                # to the next stroke
-    for digit, strokes in enumerate(DIGITS):
-        for stroke in strokes.split(", "):
-            points = [np.array([int(a), int(b)], np.float32) for a, b in stroke.split()]
-            for start, end in zip(points, points[1:]):
-                px, py, (dx, dy) = x[digit::10] - start[0], y[digit::10] - start[1], end - start
-                along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-                off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
-                distance[digit::10] = np.minimum(distance[digit::10], off)
-    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)[:, None]                  # (n, 1, 256)
-    dark = uniform(0, 1) < 0.5
-    front = np.where(dark, uniform(0, 0.25), uniform(0.75, 1)) + uniform(-0.04, 0.04, 3)
-    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)                          # (n, 3)
+    distance = np.full((n, 256), 99, np.float32)                    # to the nearest line
+    for digit, lines in enumerate(DIGITS):
+        for line in lines.split():
+            x1, y1, x2, y2 = map(int, line)
+            px, py, dx, dy = x[digit::10] - x1, y[digit::10] - y1, x2 - x1, y2 - y1
+            along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+            off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+            distance[digit::10] = np.minimum(distance[digit::10], off)
+    ink = np.clip(uniform(1.2, 1.6) - distance, 0, 1)               # one pixel of blur
+    front = np.where(uniform(0, 1) < 0.5, uniform(0, 0.25), uniform(0.75, 1))
+    front = front + uniform(-0.04, 0.04, 3)                         # a tint (n, 3)
+    back = uniform(0.4, 0.6) + uniform(-0.04, 0.04, 3)
     slope = uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0
-    back = back[..., None] + slope[:, None]
-    image = np.clip(back + (front[..., None] - back) * ink, 0, 1) * np.float32(255)
-    image = image + rng.randint(-2, 3, (n, 3, 256))
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8).reshape(n, 3, 16, 16), labels
+    back = back[:, :, None] + slope[:, None]                        # a gradient (n, 3, 256)
+    image = np.clip(back + (front[:, :, None] - back) * ink[:, None], 0, 1) * np.float32(255)
+    image = np.clip(image + rng.randint(-2, 3, (n, 3, 256)) + 0.5, 0, 255)
+    return image.astype(np.uint8).reshape(n, 3, 16, 16), labels
 
 
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val",
-              test="val", testing="val")                        # names in any case -> train or val
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 KINDS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
+def visible(folder):
+    """What is in a folder, by name, but for hidden files and folders and what a Mac adds."""
+    entries = os.scandir(folder) if os.path.isdir(folder) else []
+    kept = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def subfolders(folder):
-    """{name: path} of the folders in a folder."""
-    found = sorted(folder.iterdir())
-    return {path.name: path for path in found if path.is_dir() and visible(path.name)}
+    return [entry.name for entry in visible(folder) if entry.is_dir()]
 
 
-def list_files(folder):
-    """Pictures under a folder, at any depth, in order, and how many other files there are. Links
-    are followed, but no folder is read twice."""
-    pictures, others, seen = [], 0, set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = sorted(name for name in inner if visible(name))
-        if os.path.realpath(place) in seen:
-            inner[:] = []
-            continue
-        seen.add(os.path.realpath(place))
-        names = sorted(name for name in names if visible(name))
-        good = [os.path.join(place, name) for name in names if name.lower().endswith(KINDS)]
-        pictures += good
-        others += len(names) - len(good)
-    return pictures, others
+def walk(folder, seen):
+    """Paths of all files in a folder, at any depth. Links are followed, a folder is read once."""
+    if os.path.realpath(folder) not in seen:
+        seen.add(os.path.realpath(folder))
+        for entry in visible(folder):
+            if entry.is_dir():
+                yield from walk(entry.path, seen)
+            elif entry.is_file():
+                yield entry.path
 
 
 def list_folders(cfg, train):
-    """Files and labels of class folders, train/CLASS/** or val/CLASS/** in data_dir/DATASET or in
-    data_dir; with --dataset folder, and no folder train, CLASS/** there."""
-    root = Path(cfg.data_dir, cfg.dataset)
+    """Pictures of train/CLASS/** or val/CLASS/**, in data_dir/DATASET or data_dir: paths, labels,
+    and what changes with a file. --dataset folder may have CLASS/** there, without any split."""
+    here, root = f"--data_dir {cfg.data_dir}", Path(cfg.data_dir, cfg.dataset)
     root = root if root.is_dir() else Path(cfg.data_dir)
-    found = subfolders(root) if root.is_dir() else {}
-    splits = {SPLITS[name.lower()]: path for name, path in found.items() if name.lower() in SPLITS}
-    flat = cfg.dataset == "folder" and found and not splits
-    home = root if flat else splits.get("train")
-    here = home if train else splits.get("val")
-    if not home or not here:
-        raise UserError(f"--data_dir {cfg.data_dir}: --dataset {cfg.dataset} reads train/CLASS and "
-                        f"val/CLASS in {root}, and finds {', '.join(found) or 'no folder'} there")
-    classes, folders, files, labels, others = list(subfolders(home)), subfolders(here), [], [], 0
-    wanted = DATASETS[cfg.dataset][2]
-    if len(classes) != (wanted or max(1, len(classes))):
-        raise UserError(f"--data_dir {cfg.data_dir}: {home} has {len(classes)} class folders, and "
-                        f"--dataset {cfg.dataset} needs {wanted or 'some'}")
-    for name, folder in folders.items():
-        pictures, rest = list_files(folder)
+    found = {name.lower(): root / name for name in subfolders(root)}
+    homes = [found[name] for name in TRAIN if name in found]
+    tests = [found[name] for name in TEST if name in found]
+    there = ", ".join(path.name for path in homes + tests) or "no split"
+    if cfg.dataset == "folder" and there == "no split":
+        homes = [root]
+    if not homes or not (train or tests):
+        raise UserError(f"{here}: {root} has {there}; --dataset {cfg.dataset} reads train/CLASS "
+                        "and val/CLASS, or CLASS alone where no folder is named like a split")
+    split, classes = (homes if train else tests)[0], subfolders(homes[0])
+    files, labels, others, seen = [], [], 0, {os.path.realpath(split)}
+    for name in subfolders(split):
+        paths = list(walk(split / name, seen))
+        pictures = [path for path in paths if path.lower().endswith(KINDS)]
         if name not in classes or (train and not pictures):
-            fault = "holds no picture" if name in classes else f"is no class of {home}"
-            raise UserError(f"--data_dir {cfg.data_dir}: {folder} {fault}; remove it, or mend that")
+            fault = "has no pictures" if name in classes else f"is no class of {homes[0]}"
+            raise UserError(f"{here}: {split / name} {fault}; remove it, or mend that")
         files += pictures
         labels += [classes.index(name)] * len(pictures)
-        others += rest
+        others += len(paths) - len(pictures)
+    wanted = DATASETS[cfg.dataset][2] or len(classes)
+    if len(classes) != wanted or not files:
+        raise UserError(f"{here}: {homes[0]} has {len(classes)} class folders and {split} has "
+                        f"{len(files)} pictures; --dataset {cfg.dataset} needs {wanted or 'some'}")
     if RANK == 0:
-        names = classes if len(classes) < 3 else [classes[0], "...", classes[-1]]
-        print(f"{here}: {len(classes)} classes ({', '.join(names)}), {len(files)} images"
-              + (f"; {others} files are no pictures" if others else ""), flush=True)
-    return files, labels
+        names = ", ".join(classes if len(classes) < 3 else [classes[0], "...", classes[-1]])
+        note = f"; {others} other files are no pictures" if others else ""
+        print(f"{split}: {len(classes)} classes ({names}), {len(files)} images{note}", flush=True)
+    stats = [os.stat(file) for file in files]
+    return files, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def read_image(file):
     """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
-    grey scaled to 8. No format that starts another program. ValueError: numbers of any range."""
+    grey scaled to 8. Formats that start another program, as PostScript does, are not read."""
     formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
     with Image.open(file, formats=formats) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"32-bit numbers, mode {image.mode}, whose range is unknown")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"numbers of mode {image.mode}, 32 bits, whose range is unknown")
+        if deep:
+            grey = np.asarray(image, np.float32) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
@@ -830,10 +828,18 @@ def centre_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.BOX)
     scale = size / min(image.size)
-    pixels = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-    pixels = np.asarray(pixels)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size].transpose(2, 0, 1)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
+    return np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
+
+
+def leave_out(cfg, bad, N):
+    """A note on pictures that cannot be decoded, by what `bad` says; over 1 in 100 are an error."""
+    if bad:
+        text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad.values())}"
+        if 100 * len(bad) > N:
+            raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
+        print(f"note: {text}; they are left out", file=sys.stderr)
 
 
 def fingerprint(images, labels):
@@ -866,7 +872,8 @@ class VAEBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(C_in, C_out, 1)
 
     def forward(self, x):
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -880,9 +887,9 @@ class VAEAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        qkv = [layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v)]
-        h = F.scaled_dot_product_attention(*qkv)[:, 0].mT.reshape(x.shape)      # (B, C, H, W)
-        return x + self.proj_out(h)
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)                 # (B, 1, HW, C)
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
 
 
 class VAEStage(nn.Module):
@@ -891,73 +898,64 @@ class VAEStage(nn.Module):
     def __init__(self, C_in, C_out, blocks, attention, resample):
         super().__init__()
         inputs = [C_in] + [C_out] * (blocks - 1)
-        self.block = nn.ModuleList(VAEBlock(width, C_out) for width in inputs)
+        self.block = nn.ModuleList(VAEBlock(C, C_out) for C in inputs)
         self.attn = nn.ModuleList(VAEAttention(C_out) for _ in range(blocks * attention))
-        self.resample = resample
-        if resample:
-            stride, padding = (2, 0) if resample == "downsample" else (1, 1)
-            setattr(self, resample, nn.Module())
-            getattr(self, resample).conv = nn.Conv2d(C_out, C_out, 3, stride, padding)
+        if resample == "down":
+            self.downsample = nn.ModuleDict(dict(conv=nn.Conv2d(C_out, C_out, 3, stride=2)))
+        elif resample == "up":
+            self.upsample = nn.ModuleDict(dict(conv=nn.Conv2d(C_out, C_out, 3, padding=1)))
 
     def forward(self, h):
         for i, block in enumerate(self.block):
             h = block(h)
-            if len(self.attn):
-                h = self.attn[i](h)
-        if self.resample == "downsample":
+            h = self.attn[i](h) if self.attn else h
+        if hasattr(self, "downsample"):
             h = self.downsample.conv(F.pad(h, (0, 1, 0, 1)))        # zeros at right and bottom
-        elif self.resample == "upsample":
+        elif hasattr(self, "upsample"):
             h = self.upsample.conv(F.interpolate(h, scale_factor=2.0))
         return h
-
-
-class VAEHalf(nn.Module):
-    """Encoder or decoder: the stages before or after a middle at the lowest resolution."""
-
-    def __init__(self, C_in, C_first, C_last, C_out):
-        super().__init__()
-        self.conv_in = nn.Conv2d(C_in, C_first, 3, padding=1)
-        self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1 = VAEBlock(512, 512), VAEAttention(512)
-        self.mid.block_2 = VAEBlock(512, 512)
-        self.norm_out = nn.GroupNorm(32, C_last, eps=1e-6)
-        self.conv_out = nn.Conv2d(C_last, C_out, 3, padding=1)
-
-    def middle(self, h):
-        return self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-
-    def end(self, h):
-        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class VAE(nn.Module):
     """The autoencoder of VA-VAE f16d32 (Yao et al. 2025) with the official parameter names: images
     (B, 3, S, S) in [-1, 1] to mean and log-variance of latents (B, 32, S/16, S/16), and back."""
+    widths = (128, 128, 256, 256, 512)
 
     def __init__(self):
         super().__init__()
-        widths = [128, 128, 256, 256, 512]
-        down, up = [], []
-        for k, width in enumerate(widths):
-            low = k == 4                                            # the lowest resolution
-            down.append(VAEStage(widths[max(k - 1, 0)], width, 2, low, "" if low else "downsample"))
-            up.append(VAEStage(widths[min(k + 1, 4)], width, 3, low, "upsample" if k else ""))
-        self.encoder, self.decoder = VAEHalf(3, 128, 512, 64), VAEHalf(32, 512, 128, 3)
-        self.encoder.down, self.decoder.up = nn.ModuleList(down), nn.ModuleList(up)
+        widths, high, low = self.widths, self.widths[0], self.widths[4]     # resolutions
+        self.encoder, self.decoder = self.half(3, high, low, 64), self.half(32, low, high, 3)
+        self.encoder.down, self.decoder.up = nn.ModuleList(), nn.ModuleList()
+        for k, C in enumerate(widths):
+            before, after = widths[max(k - 1, 0)], widths[min(k + 1, 4)]
+            self.encoder.down.append(VAEStage(before, C, 2, k == 4, "down" if k < 4 else ""))
+            self.decoder.up.append(VAEStage(after, C, 3, k == 4, "up" if k > 0 else ""))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(64, 64, 1), nn.Conv2d(32, 32, 1)
+
+    def half(self, C_in, C_first, C_last, C_out):
+        """What encoder and decoder have in common, beside their stages."""
+        half = nn.Module()
+        half.conv_in = nn.Conv2d(C_in, C_first, 3, padding=1)
+        half.mid, C = nn.Sequential(), self.widths[4]
+        half.mid.block_1, half.mid.attn_1 = VAEBlock(C, C), VAEAttention(C)
+        half.mid.block_2 = VAEBlock(C, C)
+        half.norm_out = nn.GroupNorm(32, C_last, eps=1e-6)
+        half.conv_out = nn.Conv2d(C_last, C_out, 3, padding=1)
+        return half
 
     def encode(self, x):
         h = self.encoder.conv_in(x)
         for stage in self.encoder.down:
             h = stage(h)
-        mean, logvar = self.quant_conv(self.encoder.end(self.encoder.middle(h))).chunk(2, dim=1)
+        h = self.encoder.norm_out(self.encoder.mid(h))
+        mean, logvar = self.quant_conv(self.encoder.conv_out(F.silu(h))).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        h = self.decoder.middle(self.decoder.conv_in(self.post_quant_conv(z)))
+        h = self.decoder.mid(self.decoder.conv_in(self.post_quant_conv(z)))
         for stage in reversed(self.decoder.up):
             h = stage(h)
-        return self.decoder.end(h)
+        return self.decoder.conv_out(F.silu(self.decoder.norm_out(h)))
 
 
 VAVAE = "vavae-imagenet256-f16d32-dinov2.pt"
@@ -968,25 +966,23 @@ def find_vae(cfg):
     """Path of VA-VAE's weights. The hash of the first download is kept beside it and compared."""
     path = Path(cfg.vae or Path(cfg.data_dir, VAVAE))
     pin = path.with_name(f"{path.name}.sha256")
-    if path.is_file() and pin.is_file() and pin.read_text() != file_hash(path):
-        raise UserError(f"{path} is not what was downloaded; delete it and {pin} to download again")
-    if path.is_file():
-        return path
-    if cfg.vae:
+    if cfg.vae and not path.exists():
         raise UserError(f"--vae {cfg.vae}: no such file")
-    try:
-        with urllib.request.urlopen(VAVAE_URL + VAVAE, timeout=30) as reply, new_file(path) as file:
-            size = reply.length
-            with tqdm.wrapattr(reply, "read", total=size, desc=VAVAE, disable=None) as stream:
-                shutil.copyfileobj(stream, file)
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {VAVAE_URL}{VAVAE} ({error}); put the file into "
-                        f"{cfg.data_dir}, name it with --vae, or try --tokenizer unshuffle")
-    with new_file(pin) as file:
-        file.write(file_hash(path).encode())
-    print(f"{path}: sha256 {file_hash(path)}", file=sys.stderr)
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(VAVAE_URL + VAVAE, timeout=30) as reply:
+                bar = tqdm.wrapattr(reply, "read", total=reply.length, desc=VAVAE, disable=None)
+                with bar as body, new_file(path) as file:
+                    shutil.copyfileobj(body, file)
+                    if reply.length:
+                        raise OSError(f"the last {reply.length} bytes did not come")
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"cannot download {VAVAE_URL}{VAVAE} ({error}); put the file into "
+                            f"{cfg.data_dir}, name it with --vae, or try --tokenizer unshuffle")
+        pin.write_text(file_hash(path))
+        print(f"{path}: sha256 {file_hash(path)}", file=sys.stderr)
+    if pin.exists() and pin.read_text() != file_hash(path):
+        raise UserError(f"{path} is not what was downloaded; delete it and {pin} to download again")
     return path
 
 
@@ -994,6 +990,11 @@ def find_vae(cfg):
 def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_hash(cfg):
+    """What tells one tokenizer from another."""
+    return file_hash(find_vae(cfg))[:12] if cfg.tokenizer == "vavae" else f"unshuffle{cfg.cell}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -1036,60 +1037,63 @@ def to_images(cfg, x):
 
 
 def list_images(cfg, train):
-    """What there is to encode: read(i) -> uint8 (3, S, S), the labels, and a hash of it all."""
+    """What there is to encode: labels, a hash of it all, and read(i), which returns image i as
+    uint8 (3, S, S), or a text if it cannot be decoded."""
     if cfg.dataset == "glyphs":
         images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
-        return images.__getitem__, labels.tolist(), hashlib.sha256(images).hexdigest()[:12]
-    files, labels = list_folders(cfg, train)
+        return labels.tolist(), hashlib.sha256(images).hexdigest()[:12], images.__getitem__
+    files, labels, stamps = list_folders(cfg, train)
 
     def read(i):
         try:
             return centre_crop(read_image(files[i]), cfg.size)
-        except Exception as error:                              # Pillow fails in many ways
+        except Exception as error:                                  # Pillow fails in many ways
             return f"{files[i]} ({error})"
 
-    stamps = [(Path(file).name, os.path.getsize(file)) for file in files]
-    return read, labels, hashlib.sha256(repr((stamps, labels)).encode()).hexdigest()[:12]
+    facts = [(os.path.basename(file), size) for file, (size, _) in zip(files, stamps)]
+    return labels, hashlib.sha256(repr((facts, labels)).encode()).hexdigest()[:12], read
 
 
-def encode_rows(cfg, read, rows, pool, device, copies=2):
-    """Latents (n, copies, ...) of images and their mirror images, of those rows that can be read,
-    which come as well; and what is wrong with the others."""
-    images = list(pool.map(read, rows))
-    good = [i for i, image in enumerate(images) if not isinstance(image, str)]
-    faults = [image for image in images if isinstance(image, str)]
+def encode_rows(cfg, read, rows, pool, device):
+    """Latents (n, 2, C, h, w) of images and their mirror images, and {row: fault} of the others."""
+    images = dict(zip(rows, pool.map(read, rows)))
+    bad = {row: image for row, image in images.items() if isinstance(image, str)}
+    good = [row for row in rows if row not in bad]
     if not good:
-        return torch.zeros(0, copies, *latent_shape(cfg), device=device), [], faults
-    x = torch.from_numpy(np.stack([images[i] for i in good]))
-    x = torch.stack([x, x.flip(-1)][:copies], dim=1).flatten(0, 1)
-    seeds = [(rows[i], mirror, 5) for i in good for mirror in range(copies)]
-    x = to_latents(cfg, x, seeds, device).unflatten(0, (-1, copies))
-    return x, [rows[i] for i in good], faults
+        return torch.zeros(0, 2, *latent_shape(cfg), device=device), bad
+    x = torch.from_numpy(np.stack([images[row] for row in good]))
+    x = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)
+    seeds = [(row, mirror, 5) for row in good for mirror in (0, 1)]
+    return to_latents(cfg, x, seeds, device).unflatten(0, (-1, 2)), bad
 
 
 def channel_statistics(cfg, read, N, batch, pool, device):
     """Mean and standard deviation of each channel, of as many images as LightningDiT takes."""
     sums, n = torch.zeros(2, latent_shape(cfg)[0], dtype=torch.float64), 0
-    for rows in tqdm(torch.randperm(N, generator=rng(0))[:10000].split(batch), disable=None):
-        x = encode_rows(cfg, read, rows.tolist(), pool, device, copies=1)[0][:, 0].cpu().double()
+    some = torch.randperm(N, generator=rng(0))[:10000].split(batch)
+    for rows in tqdm(some, desc="statistics", disable=None):
+        x, _ = encode_rows(cfg, read, rows.tolist(), pool, device)
+        x = x[:, 0].cpu().double().contiguous()                     # without mirror images
         sums += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
         n += x[:, 0].numel()
     mean, square = sums / n
-    return mean.tolist(), (square - mean ** 2).clamp(min=1e-8).sqrt().tolist()
+    std = (square - mean ** 2).clamp(min=1e-8).sqrt()
+    return dict(mean=mean.tolist(), std=std.tolist())
 
 
 def latents_path(cfg, train):
-    split = "train" if train else "test"
-    return Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{cfg.tokenizer}{cfg.cell}-{split}.latents")
+    cell, split = f"{cfg.tokenizer}{cfg.cell}", "train" if train else "test"
+    return Path(cfg.data_dir, f"{cfg.dataset}{cfg.size}-{cell}-{split}.latents")
 
 
-def beside(path):
-    """The JSON file that tells what latents are."""
-    return path.with_name(f"{path.name}.json")
+def read_facts(path):
+    """The JSON file beside latents, or beside the part that was made; {} where there is none."""
+    path = Path(f"{path}.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_json(path, facts):
-    with new_file(path) as file:
+def write_facts(path, facts):
+    with new_file(f"{path}.json") as file:
         file.write(json.dumps(facts).encode())
 
 
@@ -1097,81 +1101,54 @@ def encode(cfg, train, device):
     """Makes the latents of the training or test images, one file of float16 (N, 2, C, h, w), and a
     JSON file with what they are. A run that is killed goes on where it was, and the file ends up
     the same, byte by byte: work comes in the same batches, noise from a seed for each image."""
-    path, shape = latents_path(cfg, train), latent_shape(cfg)
-    read, labels, listing = list_images(cfg, train)
-    N, size = len(labels), 4 * math.prod(shape)                 # bytes of an image's two latents
+    path, (labels, listing, read) = latents_path(cfg, train), list_images(cfg, train)
+    N, size = len(labels), 4 * math.prod(latent_shape(cfg))         # bytes of an image's latents
     batch = 500 if cfg.tokenizer == "unshuffle" else 2 if device.type == "cpu" else 16
-    facts = dict(tokenizer=tokenizer_hash(cfg), images=listing, shape=list(shape), batch=batch)
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        state = json.loads(beside(part).read_text()) if beside(part).exists() else {}
-        if state.get("facts") != facts or not part.exists():
-            free = shutil.disk_usage(path.parent).free
-            print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free",
-                  flush=True)
-            if train:
-                mean, std = channel_statistics(cfg, read, N, batch, pool, device)
-            else:
-                mean, std = (read_facts(cfg, True)[name] for name in ("mean", "std"))
-            state = dict(facts=facts, done=0, labels=[], faults=[], mean=mean, std=std)
-            part.write_bytes(b"")
-        mean, std = (torch.tensor(state[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
-        with open(part, "r+b") as file, tqdm(total=N, initial=state["done"], disable=None) as bar:
-            file.truncate(size * len(state["labels"]))          # a batch that was not finished
-            file.seek(0, 2)
-            while state["done"] < N:
-                rows = list(range(state["done"], min(N, state["done"] + batch)))
-                x, good, faults = encode_rows(cfg, read, rows, pool, device)
-                file.write(((x - mean) / std).half().cpu().numpy().tobytes())
-                file.flush()
-                state["done"] += len(rows)
-                state["labels"] += [labels[row] for row in good]
-                state["faults"] += faults
-                write_json(beside(part), state)
-                bar.update(len(rows))
-    count = len(state["faults"])
-    if 100 * count > N:
-        raise UserError(f"--data_dir {cfg.data_dir}: {count} of {N} pictures cannot be decoded, "
-                        f"first {state['faults'][0]}; remove or mend them")
-    if count:
-        print(f"note: {count} of {N} pictures cannot be decoded and are left out, first "
-              f"{state['faults'][0]}", file=sys.stderr)
-    write_json(beside(path), state)
+    origin = dict(tokenizer=tokenizer_hash(cfg), images=listing, batch=batch)
+    part, pool = Path(f"{path}.part"), concurrent.futures.ThreadPoolExecutor()
+    facts = read_facts(part)
+    if facts.get("origin") != origin or not part.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
+        print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free:.0f} GB free")
+        facts = dict(origin=origin, done=0, bad={})
+        if train:
+            facts.update(channel_statistics(cfg, read, N, batch, pool, device))
+        else:
+            facts.update((k, read_facts(latents_path(cfg, True))[k]) for k in ("mean", "std"))
+        part.write_bytes(b"")
+    mean, std = (torch.tensor(facts[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    with pool, open(part, "r+b") as file, tqdm(total=N, initial=facts["done"], disable=None) as bar:
+        file.truncate(size * (facts["done"] - len(facts["bad"])))   # a batch that was not finished
+        file.seek(0, 2)
+        while facts["done"] < N:
+            rows = range(N)[facts["done"]:facts["done"] + batch]
+            x, bad = encode_rows(cfg, read, rows, pool, device)
+            file.write(((x - mean) / std).half().cpu().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())                                 # before the facts say so
+            facts["done"] += len(rows)
+            facts["bad"].update((str(row), fault) for row, fault in bad.items())
+            write_facts(part, facts)
+            bar.update(len(rows))
+    leave_out(cfg, facts["bad"], N)
+    labels = [label for row, label in enumerate(labels) if str(row) not in facts["bad"]]
+    write_facts(path, dict(facts, labels=labels))
     os.replace(part, path)
-    beside(part).unlink()
-
-
-def tokenizer_hash(cfg):
-    """What tells one tokenizer from another: 12 hex digits of the weights' hash."""
-    vavae = cfg.tokenizer == "vavae"
-    return file_hash(find_vae(cfg))[:12] if vavae else f"unshuffle{cfg.cell}"
-
-
-def read_facts(cfg, train):
-    """The JSON file beside latents, or an error that says how to make them."""
-    path = beside(latents_path(cfg, train))
-    if not path.exists():
-        fields = [name for name in ("dataset", "data_dir", "size", "tokenizer", "cell", "vae")]
-        flags = [f"--{name} {getattr(cfg, name)}" for name in fields if getattr(cfg, name)]
-        raise UserError(f"there are no latents {path.with_suffix('')}; make them: {SCRIPT}.py "
-                        f"--encode {' '.join(flags)}")
-    return json.loads(path.read_text())
+    Path(f"{part}.json").unlink()
 
 
 def latent_statistics(cfg):
     """Mean and standard deviation of each channel of the training latents; 0 and 1 where there are
     none: then a checkpoint will tell."""
-    there, C = beside(latents_path(cfg, True)).exists(), latent_shape(cfg)[0]
-    facts = read_facts(cfg, True) if there else dict(mean=[0.0] * C, std=[1.0] * C)
-    return torch.tensor(facts["mean"]), torch.tensor(facts["std"])
+    facts, C = read_facts(latents_path(cfg, True)), latent_shape(cfg)[0]
+    return torch.tensor(facts.get("mean", [0.0] * C)), torch.tensor(facts.get("std", [1.0] * C))
 
 
 def count_classes(cfg):
-    """Of the data set, or of the folders from which the latents were made; 1 without them: then a
-    checkpoint will tell."""
-    there = beside(latents_path(cfg, True)).exists()
-    return DATASETS[cfg.dataset][2] or (max(read_facts(cfg, True)["labels"]) + 1 if there else 1)
+    """Of the data set, or of the folders from which the latents were made."""
+    labels = read_facts(latents_path(cfg, True)).get("labels", [0])
+    return DATASETS[cfg.dataset][2] or max(labels) + 1
 
 
 def load_latents(cfg, train):
@@ -1181,20 +1158,23 @@ def load_latents(cfg, train):
     for split in (True, train):
         if cfg.tokenizer == "unshuffle" and not latents_path(cfg, split).exists():
             encode(cfg, split, torch.device("cpu"))
-    path, facts = latents_path(cfg, train), read_facts(cfg, train)
+    path, home = latents_path(cfg, train), latents_path(cfg, True)
+    facts = read_facts(path)
+    if not facts or not path.exists():
+        fields = ("dataset", "data_dir", "size", "tokenizer", "cell", "vae")
+        flags = [f"--{name} {getattr(cfg, name)}" for name in fields if getattr(cfg, name)]
+        raise UserError(f"no latents {path}; make them: {SCRIPT}.py --encode {' '.join(flags)}")
+    there = dict(facts.get("origin", {}), mean=facts["mean"], std=facts["std"])
+    there["bytes"] = path.stat().st_size
     shape = (len(facts["labels"]), 2, *latent_shape(cfg))
-    size = path.stat().st_size if path.exists() else 0
-    now, home = dict(facts["facts"], tokenizer=tokenizer_hash(cfg)), read_facts(cfg, True)
-    with contextlib.suppress(UserError):                        # without images, nothing to compare
-        now["images"] = list_images(cfg, train)[2]
-    other = [f"{k} {v}, now {now[k]}" for k, v in facts["facts"].items() if now[k] != v]
-    other += [f"another {k} than {latents_path(cfg, True)}" for k in ("mean", "std")
-              if facts[k] != home[k]]
-    if size != 2 * math.prod(shape):
-        other.append(f"{size} of {2 * math.prod(shape)} bytes")
+    now = dict(there, tokenizer=tokenizer_hash(cfg), bytes=2 * math.prod(shape))
+    now.update((k, read_facts(home).get(k)) for k in ("mean", "std"))
+    with contextlib.suppress(UserError):                            # images may be gone by now
+        now["images"] = list_images(cfg, train)[1]
+    other = [name for name in now if there.get(name) != now[name]]
     if other:
-        raise UserError(f"{path} is of something else: {'; '.join(other)}; delete it and what lies "
-                        "beside it, and encode again")
+        raise UserError(f"{path} has other {', '.join(other)} than {home} and what is here; delete "
+                        "both and what lies beside them, and encode again")
     latents = np.memmap(path, np.float16, "c", shape=shape)         # "c": changes stay in memory
     return torch.from_numpy(latents), torch.tensor(facts["labels"])
 

@@ -371,18 +371,19 @@ def open_dataset(name, data_dir, like):
 
 def read_image(file):
     """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
-    grey scaled to 8. No format that starts another program. ValueError: numbers of any range."""
+    grey scaled to 8. Formats that start another program, as PostScript does, are not read."""
     formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
     with Image.open(file, formats=formats) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"32-bit numbers, mode {image.mode}, whose range is unknown")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"numbers of mode {image.mode}, 32 bits, whose range is unknown")
+        if deep:
+            grey = np.asarray(image, np.float32) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 

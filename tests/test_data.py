@@ -3,26 +3,31 @@ file behind. The pixel scripts share the text, so one of them is tested."""
 import gzip
 import hashlib
 import http.server
+import io
 import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import uvit_sc
+import edm_sc
 from conftest import write_cifar
 
 
 def load(tmp_path, dataset, train, **fields):
-    return uvit_sc.load_data(uvit_sc.make_config(dataset, data_dir=str(tmp_path), **fields), train)
+    return edm_sc.load_data(edm_sc.make_config(dataset, data_dir=str(tmp_path), **fields), train)
 
 
 def test_glyphs_are_the_same_bytes_everywhere(tmp_path):
     images, labels = load(tmp_path, "glyphs", train=False)
     assert images.shape == (4000, 3, 16, 16) and images.dtype == torch.uint8
-    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [400] * 10
-    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "dfaae6a08f6299d2"
+    assert labels.tolist() == list(range(10)) * 400 and labels.dtype == torch.int64
+    assert hashlib.sha256(images.numpy()).hexdigest()[:16] == "dfaae6a08f6299d2"
+    odd = hashlib.sha256(edm_sc.draw_glyphs(101, seed=77)[0])
+    assert odd.hexdigest()[:16] == "bbac4ff60b56b9f8"
 
 
 def test_cifar_archives(tmp_path):
@@ -56,24 +61,49 @@ def test_fashion_mnist_idx_files(tmp_path):
     assert small.shape == (5, 1, 16, 16) and (small.float() - exact).abs().max() <= 0.5
 
 
+def test_tiny_imagenet(tmp_path):
+    """The zip is read in place; val_annotations.txt has the classes, in the order of train."""
+    with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
+        for i, name in enumerate(("train/n2/images/a", "train/n1/images/b", "train/n1/images/c",
+                                  "val/images/v1", "val/images/v0", "test/images/t0")):
+            file = io.BytesIO()
+            Image.new("RGB" if i else "L", (64, 64), (40 * i,) * 3 if i else 0).save(file, "JPEG")
+            archive.writestr(f"tiny-imagenet-200/{name}.JPEG", file.getvalue())
+        lines = "v1.JPEG\tn2\t0\t0\t9\t9\nv0.JPEG\tn1\t0\t0\t9\t9\n"
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", lines)
+    for train, greys, classes in (True, [40, 80, 0], [0, 0, 1]), (False, [120, 160], [1, 0]):
+        for _ in range(2):      # decoded, then mapped
+            images, labels = load(tmp_path, "tiny_imagenet", train)
+            assert labels.tolist() == classes and images.shape[1:] == (3, 64, 64)
+            assert images.float().mean(dim=(1, 2, 3)).round().tolist() == greys
+    assert len(list(tmp_path.glob("*.u8"))) == 2
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_damaged_archives(tmp_path, damage):
+@pytest.mark.parametrize("name, dataset", [("cifar-100-binary.tar.gz", "cifar100"),
+                                           ("train-labels-idx1-ubyte.gz", "fashion_mnist"),
+                                           ("tiny-imagenet-200.zip", "tiny_imagenet")])
+def test_damaged_archives(tmp_path, damage, name, dataset):
     write_cifar(tmp_path, n=10)
-    path = tmp_path / "cifar-100-binary.tar.gz"
-    whole = path.read_bytes()
-    path.write_bytes(dict(cut=whole[:9000], text=b"<html>moved</html>", empty=b"")[damage])
-    with pytest.raises(uvit_sc.UserError, match="--data_dir .*delete what is damaged") as caught:
-        load(tmp_path, "cifar100", train=True)
-    assert "\n" not in str(caught.value)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((9, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(9, np.uint8))
+    with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
+        archive.writestr("tiny-imagenet-200/train/n1/images/a.JPEG", b"")
+    whole = (tmp_path / name).read_bytes()
+    damaged = dict(cut=whole[:len(whole) * 2 // 3], text=b"<html>moved</html>", empty=b"")[damage]
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(edm_sc.UserError, match="--data_dir .*delete what is damaged") as caught:
+        load(tmp_path, dataset, train=True)
+    assert "\n" not in str(caught.value) and f"{dataset} cannot be read" in str(caught.value)
 
 
 def test_size_that_a_data_set_does_not_have(tmp_path):
     write_cifar(tmp_path, n=10)
-    with pytest.raises(uvit_sc.UserError, match="--size 64: cifar100 has 32 pixels"):
+    with pytest.raises(edm_sc.UserError, match="--size 64: cifar100 has 32 pixels"):
         load(tmp_path, "cifar100", train=True, size=64)
 
 
-class Mirror(http.server.BaseHTTPRequestHandler):
+class Host(http.server.BaseHTTPRequestHandler):
     """Serves BODY, by folder: good, missing (404), wrong bytes, cut short, and not at all."""
     BODY = b"the published file" * 1000
 
@@ -92,50 +122,43 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def mirror(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def use(*kinds):
-        folders = [f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in kinds]
-        md5 = hashlib.md5(Mirror.BODY).hexdigest()
-        monkeypatch.setattr(uvit_sc, "DOWNLOADS", {"file.gz": (md5, *folders)})
-        return server
-
-    yield use
+@pytest.fixture(scope="module")
+def host():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
     server.shutdown()
 
 
-def test_download(mirror, tmp_path):
+def use(host, monkeypatch, *kinds):
+    md5, urls = hashlib.md5(Host.BODY).hexdigest(), [f"{host.url}/{kind}/" for kind in kinds]
+    if "nobody" in kinds:
+        urls = ["http://127.0.0.1:9/nobody/"]
+    monkeypatch.setattr(edm_sc, "DOWNLOADS", {"file.gz": (md5, *urls)})
+
+
+def test_download(host, monkeypatch, tmp_path):
     """The first good mirror serves; then the file is used; nothing else stays in the folder."""
-    server = mirror("missing", "wrong", "good", "good")
+    use(host, monkeypatch, "missing", "wrong", "good", "good")
     for _ in range(2):
-        assert uvit_sc.fetch("file.gz", tmp_path / "data").read_bytes() == Mirror.BODY
-    assert server.asked == ["missing", "wrong", "good"]
+        assert edm_sc.fetch("file.gz", tmp_path / "data").read_bytes() == Host.BODY
+    assert host.asked == ["missing", "wrong", "good"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["file.gz"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "wrong", "cut", "hangup"])
-def test_bad_downloads_leave_nothing(mirror, tmp_path, kind):
-    mirror(kind)
-    with pytest.raises(uvit_sc.UserError) as caught:
-        uvit_sc.fetch("file.gz", tmp_path)
+@pytest.mark.parametrize("kind", ["missing", "wrong", "cut", "hangup", "nobody"])
+def test_bad_downloads_leave_nothing(host, monkeypatch, tmp_path, kind):
+    use(host, monkeypatch, kind)
+    with pytest.raises(edm_sc.UserError, match="cannot download file.gz") as caught:
+        edm_sc.fetch("file.gz", tmp_path)
     message = str(caught.value)
     assert f"/{kind}/file.gz" in message and "--data_dir" in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_server_that_is_not_there(monkeypatch, tmp_path):
-    address = "http://127.0.0.1:9/"
-    monkeypatch.setattr(uvit_sc, "DOWNLOADS", {"file.gz": ("0" * 32, address)})
-    with pytest.raises(uvit_sc.UserError, match="cannot download file.gz"):
-        uvit_sc.fetch("file.gz", tmp_path)
-
-
 def test_uint8_and_float():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(uvit_sc.to_uint8(uvit_sc.to_float(every)), every)
-    assert uvit_sc.to_float(every)[[0, 255]].tolist() == [-1, 1]
-    assert uvit_sc.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert torch.equal(edm_sc.to_uint8(edm_sc.to_float(every)), every)
+    assert edm_sc.to_float(every)[[0, 255]].tolist() == [-1, 1]
+    assert edm_sc.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]

@@ -1,189 +1,245 @@
-"""Folders of pictures: the rules of the data section, each with inputs that were met in use."""
+"""Folders of pictures: the rules of the data section, with inputs that were met in use."""
+import io
 import os
-import zipfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import edm_sc
 
 
-def picture(path, colour=128, size=(12, 10), **kwargs):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (colour,) * 3).save(path, **kwargs)
-    return path
-
-
-def tree(root, *files):
-    for i, file in enumerate(files):
-        picture(root / file, colour=10 * i)
+def tree(root, files):
+    """Pictures, each of a grey of its own; .txt files; empty folders, whose names end with /."""
+    for i, name in enumerate(files.split()):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        elif name.endswith(".txt"):
+            path.write_text("no picture")
+        else:
+            Image.new("RGB", (12, 10), (i % 20 * 10,) * 3).save(path)
     return root
 
 
 def load(root, train=True, dataset="folder"):
-    cfg = edm_sc.make_config(dataset, data_dir=str(root), size=8, backbone="unet_tiny")
-    return edm_sc.load_data(cfg, train)
+    return edm_sc.load_data(edm_sc.make_config(dataset, data_dir=str(root), size=8), train)
 
 
-def refusal(*args, **kwargs):
+def refusal(*args):
     with pytest.raises(edm_sc.UserError) as caught:
-        load(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+        load(*args)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("--data_dir ")
+    return message
 
 
-@pytest.mark.parametrize("train, val", [("train", "val"), ("train", "test"), ("Training", "Testing"),
-                                        ("TRAIN", "validation"), ("train", "valid")])
-def test_names_of_splits(tmp_path, capsys, train, val):
-    tree(tmp_path, f"{train}/cat/a.png", f"{train}/dog/deep/er/b.jpg", f"{val}/dog/c.png")
-    assert load(tmp_path)[1].tolist() == [0, 1]
-    assert "2 classes (cat, dog), 2 images" in capsys.readouterr().out
-    assert load(tmp_path, train=False)[1].tolist() == [1]
+LAYOUTS = [     # files; labels of the training and of the test images, or what the error says
+    ("train/-rf/été.png train/Ünï/a;b&c.png val/Ünï/図.png", [0, 1], [1]),
+    ("train/cat/x/a.png train/cat/y/z/b.jpg train/cat/c.PNG test/cat/d.png", [0] * 3, [0]),
+    ("Training/cat/a.png Training/dog/b.png Testing/dog/c.png", [0, 1], [1]),
+    ("TRAIN/cat/a.png Validation/cat/b.png", [0], [0]),
+    ("train/cat/a.png Valid/cat/b.png test/cat/c.png test/cat/d.png", [0], [0]),
+    ("ant/a.png bee/b.png", [0, 1], "no split; --dataset folder reads train/CLASS and val/CLASS"),
+    ("ant/a.png bee/b.png Test/ant/c.png", "has Test;", "has Test;"),
+    ("bus/a.png car/b.png train/c.png", "train has 0 class folders", "has train;"),
+    ("train/bus/a.png train/train/b.png val/train/c.png", [0, 1], [1]),
+    ("train/cat/a.png train/dog/ val/cat/b.png", "train/dog has no pictures", [0]),
+    ("train/cat/a.txt val/cat/b.png", "train/cat has no pictures", [0]),
+    ("train/cat/a.png val/cow/b.png", [0], "val/cow is no class of "),
+    ("train/cat/a.png train/dog/b.png val/dog/c.png", [0, 1], [1]),
+    ("train/cat/a.png val/", [0], "val has 0 pictures"),
+    ("train/", "train has 0 class folders", "has train;"),
+    ("", "has 0 class folders", "no split"),
+    ("train/cat/a.png train/cat/._a.png train/cat/.b.png train/.git/c.png train/__MACOSX/cat/d.png "
+     "train/cat/__MACOSX/e.png train/cat/.thumbs/f.png .old/g.png val/cat/h.png", [0], [0])]
 
 
-def test_without_a_folder_train(tmp_path, capsys):
-    """Class folders in ROOT, for training. A split's name among them is an error that says so."""
-    tree(tmp_path, "ant/a.png", "bee/b.png", "fly/c.png")
-    assert load(tmp_path)[1].tolist() == [0, 1, 2]
-    assert "3 classes (ant, ..., fly), 3 images" in capsys.readouterr().out
-    assert "val/CLASS" in refusal(tmp_path, train=False)
-    tree(tmp_path, "Test/ant/d.png")
-    assert "train/CLASS" in refusal(tmp_path) and "Test" in refusal(tmp_path)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout[0][:40] for layout in LAYOUTS])
+def test_layouts(tmp_path, layout):
+    tree(tmp_path, layout[0])
+    for train, wanted in (True, layout[1]), (False, layout[2]):
+        if isinstance(wanted, list):
+            assert load(tmp_path, train)[1].tolist() == wanted
+        else:
+            assert wanted in refusal(tmp_path, train)
 
 
-def test_classes_that_do_not_fit(tmp_path):
-    tree(tmp_path, "train/cat/a.png", "val/cat/b.png", "val/cow/c.png")
-    (tmp_path / "train/dog").mkdir()
-    assert "train/dog holds no picture" in refusal(tmp_path)
-    assert "val/cow is no class" in refusal(tmp_path, train=False)
-    assert "needs 1000" in refusal(tmp_path, dataset="imagenet")
-    assert "no folder" in refusal(tmp_path / "nowhere")
+@pytest.mark.parametrize("files, line", [
+    ("bird/a.png cat/b.png cat/c.png dog/d.png", "3 classes (bird, ..., dog), 4 images\n"),
+    ("cat/b.png dog/c.png", "2 classes (cat, dog), 2 images\n"),
+    ("cat/a.png cat/.b.txt cat/x/c.txt cat/d.txt", "1 images; 2 other files are no pictures\n")])
+def test_start_line(tmp_path, capsys, files, line):
+    load(tree(tmp_path, files))
+    assert capsys.readouterr().out.endswith(line)
 
 
-def test_what_is_not_read(tmp_path, capsys):
-    """Hidden files and folders, __MACOSX and ._* at any depth; other files are counted."""
-    tree(tmp_path, "train/cat/a.png", "train/cat/._a.png", "train/cat/.b.png", "train/.git/c.png",
-         "train/__MACOSX/cat/d.png", "train/cat/__MACOSX/e.png", "train/cat/.thumbs/f.png")
-    (tmp_path / "train/cat/notes.txt").write_text("a cat")
-    assert load(tmp_path)[1].tolist() == [0]
-    assert "1 files are no pictures" in capsys.readouterr().out
+def test_data_sets_of_known_classes(tmp_path):
+    assert "0 class folders" in refusal(tmp_path / "nowhere")
+    assert "no split" in refusal(tmp_path / "nowhere", True, "imagenet")
+    for split in ("train", "val"):
+        tree(tmp_path / "imagenet100" / split, " ".join(f"n{i:02d}/a.png" for i in range(100)))
+    assert load(tmp_path, False, "imagenet100")[1].tolist() == list(range(100))
+    tree(tmp_path, "imagenet100/train/n100/a.png")
+    assert "has 101 class folders" in refusal(tmp_path, True, "imagenet100")
 
 
-def test_links_to_folders(tmp_path):
-    """They are followed, but each folder once in a class: also where a link leads to its parent."""
-    tree(tmp_path / "elsewhere", "a.png", "b.png")
-    tree(tmp_path / "data", "train/cat/c.png", "train/dog/d.png")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "data/train/cat/more")
-    os.symlink(tmp_path / "data/train/cat", tmp_path / "data/train/cat/more/again")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "data/train/owl")
-    assert load(tmp_path / "data")[1].tolist() == [0, 0, 0, 1, 2, 2, 2]
+def test_links(tmp_path):
+    """Followed, each real folder once: also where they lead in a circle, or to all classes. What
+    only looks like a picture is passed over."""
+    data, store = tmp_path / "data", tree(tmp_path / "store", "a.png b.png more/c.png")
+    tree(data, "train/cat/a.png train/dog/b.png train/dog/folder.png/")
+    for link, target in {"cat/more": store, "cat/more/more/again": store, "dog/gone.png": "nowhere",
+                         "cat/round": data / "train/cat", "dog/all": data / "train",
+                         "owl": tree(tmp_path / "owls", "a.png")}.items():
+        (data / "train" / link).symlink_to(target)
+    assert load(data)[1].tolist() == [0, 0, 0, 0, 1, 2]
 
 
-def read(tmp_path, name, image, **kwargs):
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    """They are told: a run on fewer pictures would go on in silence."""
+    def refuse(path, scandir=os.scandir):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "Permission denied: " in refusal(tree(tmp_path, "cat/a.png cat/deep/b.png"))
+
+
+def palette():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    return image
+
+
+RED, BLUE = Image.new("RGB", (6, 4), "red"), Image.new("RGB", (6, 4), "blue")
+CLEAR, DEEP = Image.new("RGBA", (4, 4), 0), Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
+MOVES = dict(save_all=True, append_images=[BLUE])
+PICTURES = [    # file, image, how it is saved, what is read
+    ("icon.png", CLEAR, {}, (255, 255, 255)), ("icon.webp", CLEAR, {}, (255, 255, 255)),
+    ("shadow.png", Image.new("LA", (4, 4), (0, 128)), {}, (127, 127, 127)),
+    ("palette.png", palette(), {}, (200, 0, 0)), ("palette.gif", palette(), {}, (200, 0, 0)),
+    ("clear.png", palette(), dict(transparency=1), (255, 255, 255)),
+    ("clear.gif", palette(), dict(transparency=1), (255, 255, 255)),
+    ("half.png", palette(), dict(transparency=b"\xff\x80"), (227, 127, 127)),
+    ("key.png", RED, dict(transparency=(255, 0, 0)), (255, 255, 255)),
+    ("deep.png", DEEP, {}, (128, 128, 128)), ("deep.tif", DEEP, {}, (128, 128, 128)),
+    ("bits.png", Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
+    ("grey.jpg", Image.new("L", (4, 4), 77), {}, (77, 77, 77)),
+    ("print.jpg", RED.convert("CMYK"), {}, (254, 0, 0)),
+    ("print.tif", RED.convert("CMYK"), {}, (255, 0, 0)),
+    ("moving.gif", RED, MOVES, (255, 0, 0)), ("pages.tif", RED, MOVES, (255, 0, 0)),
+    ("moving.webp", RED, dict(MOVES, lossless=True), (255, 0, 0)),
+    ("two.jpg", RED, dict(MOVES, format="MPO"), (254, 0, 0)),
+    ("old.bmp", RED, {}, (255, 0, 0)), ("old.ppm", RED, {}, (255, 0, 0)),
+    ("other.jpg", RED, dict(format="PNG"), (255, 0, 0))]        # the name says nothing
+
+
+@pytest.mark.parametrize("name, image, kwargs, colour", PICTURES, ids=[p[0] for p in PICTURES])
+def test_pictures(tmp_path, name, image, kwargs, colour):
     image.save(tmp_path / name, **kwargs)
-    image = edm_sc.read_image(tmp_path / name)
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-def test_transparency_is_put_on_white(tmp_path):
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert (read(tmp_path, "icon.png", clear) == 255).all()
-    half = Image.new("LA", (4, 4), (0, 128))
-    assert (abs(read(tmp_path, "grey.png", half).astype(int) - 127) <= 1).all()
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 200, 0, 0])
-    assert (read(tmp_path, "palette.png", palette) == (200, 0, 0)).all()
-    assert (read(tmp_path, "clear.png", palette, transparency=1) == 255).all()
+    found = edm_sc.read_image(tmp_path / name)
+    assert found.mode == "RGB" and found.size == image.size
+    assert (abs(np.asarray(found).astype(int) - colour) <= 3).all()     # as JPEG rounds
 
 
 def test_16_bits_of_grey(tmp_path):
-    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-    pixels = read(tmp_path, "deep.png", Image.fromarray(values))
-    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+    values = np.array([[0, 257, 128 * 257, 65535, 100, 200]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    (tmp_path / "a.pgm").write_bytes(b"P5 6 1 65535\n" + values.astype(">u2").tobytes())
+    for name in ("a.png", "a.pgm"):
+        pixels = np.asarray(edm_sc.read_image(tmp_path / name))
+        assert pixels[0, :, 1].tolist() == [0, 1, 128, 255, 0, 1]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_numbers_of_unknown_range_are_refused(tmp_path, dtype):
-    picture(tmp_path / "train/cat/good.png")
-    path = tmp_path / "train/cat/map.tif"
-    Image.fromarray(np.ones((8, 8), dtype)).save(path)
-    with pytest.raises(ValueError, match="32 bits"):
-        edm_sc.read_image(path)
-    assert "map.tif" in refusal(tmp_path) and "32 bits" in refusal(tmp_path)
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_orientation(tmp_path, kind):
+    """Taken with the phone on its side: what is stored top left is shown top right."""
+    pixels, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
+    pixels[:8, :8] = 255
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}", exif=exif)
+    image = np.asarray(edm_sc.read_image(tmp_path / f"a.{kind}"))
+    assert image.shape == (32, 16, 3) and image[:8, 8:].min() > 200 and image[:, :8].max() < 55
 
 
-def test_orientation_frames_and_colours(tmp_path):
-    image = Image.new("RGB", (6, 4), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6                                            # taken with the phone on its side
-    assert read(tmp_path, "phone.jpg", image, exif=exif).shape == (6, 4, 3)
-    blue = Image.new("RGB", (6, 4), "blue")
-    pixels = read(tmp_path, "moving.gif", image, save_all=True, append_images=[blue])
-    assert (pixels == (255, 0, 0)).all()
-    pixels = read(tmp_path, "print.jpg", image.convert("CMYK"))
-    assert abs(pixels.astype(int) - (254, 0, 0)).max() <= 3     # as JPEG rounds it
+NOISE = io.BytesIO()
+Image.effect_noise((64, 64), 50).save(NOISE, "JPEG")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+BAD = {     # what is in the file, and what is said of it
+    "float.tif": (Image.fromarray(np.ones((8, 8), np.float32)), "32-bit numbers, mode F"),
+    "int.tif": (Image.fromarray(np.ones((8, 8), np.int32)), "32-bit numbers, mode I"),
+    "page.jpg": (EPS, "cannot identify"), "page.png": (b"<svg></svg>", "cannot identify"),
+    "cut.jpg": (NOISE.getvalue()[:1000], "truncated"), "empty.png": (b"", "cannot identify")}
 
 
-def test_no_other_program_is_started(tmp_path):
-    """PostScript with a picture's name would be handed to Ghostscript."""
-    path = tmp_path / "page.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
-    with pytest.raises(Exception, match="cannot identify"):
-        edm_sc.read_image(path)
+@pytest.mark.parametrize("name", BAD)
+def test_refused(tmp_path, name, monkeypatch):
+    """By name; and no other program is started for a file that is called a picture."""
+    (content, reason), path = BAD[name], tree(tmp_path, "cat/a.png cat/b.png") / "cat" / name
+    path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    monkeypatch.setattr("subprocess.Popen", None)
+    message = refusal(tmp_path)
+    assert f"1 of 3 pictures cannot be decoded, the first is {path} (" in message
+    assert reason in message and not list(tmp_path.glob("*.u8"))
 
 
-def test_pictures_that_cannot_be_decoded(tmp_path, capsys):
-    """One in a hundred is left out with a note that names it; more are an error, nothing written."""
-    for i in range(199):
-        picture(tmp_path / f"train/cat/{i:03d}.png")
-    (tmp_path / "train/cat/bad1.png").write_bytes(b"no picture")
-    assert len(load(tmp_path)[0]) == 199
-    err = capsys.readouterr().err
-    assert "1 of 200 pictures cannot be decoded" in err and "bad1.png" in err
-    for i in range(2, 5):
-        (tmp_path / f"train/cat/bad{i}.png").write_bytes(b"no picture")
-    assert "4 of 203" in refusal(tmp_path)
+def test_one_in_a_hundred(tmp_path, capsys):
+    """May be left out, with a note that names the first; more may not, and nothing is written."""
+    tree(tmp_path, " ".join(f"{'cat' if i < 150 else 'dog'}/{i:03d}.png" for i in range(199)))
+    (tmp_path / "cat/200.jpg").write_bytes(b"bad")
+    for _ in range(2):      # the second time, the decoded pictures are there
+        images, labels = load(tmp_path)
+        assert labels.tolist() == [0] * 150 + [1] * 49
+        assert images.float().mean(dim=(1, 2, 3)).tolist() == [i % 20 * 10 for i in range(199)]
+    note = capsys.readouterr().err
+    assert "note: 1 of 200 pictures" in note and "cat/200.jpg (cannot identify" in note
+    for name in ("dog/a.png", "cat/100.jpg"):
+        (tmp_path / name).write_bytes(b"bad")
+    assert "3 of 202 pictures" in (message := refusal(tmp_path)) and "cat/100.jpg (" in message
     assert len(list(tmp_path.glob("*.u8"))) == 1 and not list(tmp_path.glob(".*part"))
 
 
-def test_centre_crop_is_adms():
-    """Halved by box filters while twice too large, then bicubic, then the middle."""
-    pixels = np.random.RandomState(0).randint(0, 256, (50, 40, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    half = image.resize((20, 25), Image.BOX).resize((16, 20), Image.BICUBIC)
-    expected = np.asarray(half)[2:18].transpose(2, 0, 1)
+@pytest.mark.parametrize("size", [(16, 16), (100, 40), (33, 200), (31, 32), (10, 12)])
+def test_centre_crop_is_adms(size):
+    pixels = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
+    image = expected = Image.fromarray(pixels)
+    while min(expected.size) >= 32:
+        expected = expected.resize((expected.width // 2, expected.height // 2), Image.BOX)
+    scale = 16 / min(expected.size)
+    sides = round(expected.width * scale), round(expected.height * scale)
+    expected = np.asarray(expected.resize(sides, Image.BICUBIC))
+    top, left = (expected.shape[0] - 16) // 2, (expected.shape[1] - 16) // 2
+    expected = expected[top:top + 16, left:left + 16].transpose(2, 0, 1)
     assert np.array_equal(edm_sc.centre_crop(image, 16), expected)
 
 
-def test_fingerprint(tmp_path):
-    """Grown folders, other pictures and other labels are other data; a copy is not."""
-    def mark(name, *files):
-        return edm_sc.fingerprint(*load(tree(tmp_path / name, *files)))
+def test_decoded_once(tmp_path, monkeypatch):
+    """The second run opens no picture, whatever the folder is called from here; a change in memory
+    stays there; other files make another cache."""
+    tree(tmp_path, "train/cat/a.png train/cat/b.png val/cat/c.png")
+    first, _ = load(tmp_path)
+    first += 50
+    monkeypatch.setattr(edm_sc, "read_image", None)
+    monkeypatch.chdir(tmp_path)
+    assert load(".")[0].float().mean() == first.float().mean() - 50
+    monkeypatch.undo()
+    tree(tmp_path, "train/cat/d.png")
+    assert len(load(tmp_path)[0]) == 3 and len(load(tmp_path, False)[0]) == 1
+    Image.new("RGB", (12, 10), (77,) * 3).save(tmp_path / "train/cat/d.png")
+    os.utime(tmp_path / "train/cat/d.png", (0, 0))
+    assert load(tmp_path)[0][2].float().mean() == 77
 
-    whole = mark("a", "train/x/1.png", "train/y/2.png")
-    assert whole == mark("copy", "train/x/1.png", "train/y/2.png")
-    assert whole == mark("renamed", "train/x/1.png", "train/z/2.png")       # names do not matter
-    assert whole != mark("grown", "train/x/1.png", "train/y/2.png", "train/y/3.png")
-    assert whole != mark("moved", "train/x/0/1.png", "train/x/2.png")
-    assert whole != mark("other", "train/x/0/1.png", "train/x/1/2.png", "train/y/3.png")
-    picture(tmp_path / "copy/train/x/1.png", colour=99)
-    assert whole != edm_sc.fingerprint(*load(tmp_path / "copy"))
 
-
-def test_tiny_imagenet(tmp_path, monkeypatch):
-    """The zip is read in place; val_annotations.txt has the labels, in the order of train."""
-    with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
-        for i, (folder, name) in enumerate([("n02", "a"), ("n01", "b"), ("n01", "c")]):
-            path = picture(tmp_path / "one.jpg", 40 * i, size=(64, 64))
-            archive.write(path, f"tiny-imagenet-200/train/{folder}/images/{name}.JPEG")
-        archive.write(path, "tiny-imagenet-200/val/images/v0.JPEG")
-        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "v0.JPEG\tn02\t0\t0\t9\t9\n")
-    cfg = edm_sc.make_config("tiny_imagenet", data_dir=str(tmp_path))
-    images, labels = edm_sc.load_data(cfg, train=True)
-    assert labels.tolist() == [0, 0, 1] and images.shape == (3, 3, 64, 64)
-    assert [int(images[i].float().mean().round()) for i in range(3)] == [40, 80, 0]
-    assert edm_sc.load_data(cfg, train=False)[1].tolist() == [1]
-    assert isinstance(images, torch.Tensor) and len(list(tmp_path.glob("*.u8"))) == 2
+@pytest.mark.parametrize("name, files, same", [
+    ("copy", "cat/1.png dog/2.png dog/3.png", True), ("named", "x/1.png y/2.png y/3.png", True),
+    ("grown", "cat/1.png dog/2.png dog/3.png dog/4.png", False),
+    ("moved", "cat/1.png cat/2.png dog/3.png", False),
+    ("other/a", "cat/0.txt cat/1.png dog/2.png dog/3.png", False)])
+def test_fingerprint(tmp_path, name, files, same):
+    """A copy is the same data; a grown folder, other labels, and other pictures in a folder of the
+    same name are not."""
+    one, two = (edm_sc.fingerprint(*load(tree(root, some))) for root, some in (
+        (tmp_path / "a", "cat/1.png dog/2.png dog/3.png"), (tmp_path / name, files)))
+    assert one.startswith("3 images of 2 classes, CRC ") and (one == two) == same
