@@ -385,7 +385,7 @@ def main(argv=sys.argv[1:]):
     add("--grid", action="store_true", default=False, help="search the formulation's usual times")
     add("--layers", nargs="+", help="such as out_2 cls_2 token_2 (all but token_*)")
     add("--tokens", action="store_true", default=False, help="also one random position of each map")
-    add("--n", "--images", type=int, help="training images (all; glyphs 10000); not --n by torchrun")
+    add("--n", "--images", type=int, help="training images (all; glyphs 10000); torchrun: --images")
     add("--draws", type=int, default=2, help="of flips and noise (2; DDAE: one for each epoch)")
     add("--epochs", type=int, help="of the heads (15 on CIFAR, 30 elsewhere: Table 11)")
     add("--batch", type=int, help="of the heads (512; latents of images 1440; glyphs 32)")
