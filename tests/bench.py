@@ -1,8 +1,6 @@
-"""What options cost, as ratios of times. Not a test: no time is ever asserted.
+"""What options cost, as ratios of the times of a training step. Not a test: no time is asserted.
 
-Steps that are compared run in turns, so that a busy machine disturbs all alike; medians are printed
-with their quartiles. Where memory is slow to come from the system, ratios are steadier with
-MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 in the environment.
+Steps that are compared run in turns, so that a busy machine disturbs all alike.
 
     python tests/bench.py                                       # all of it: an hour on two cores
     python tests/bench.py --scripts uvit_sc --batch 8 --rounds 3
@@ -19,51 +17,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SCRIPTS = ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")
-VARIANTS = {    # what is measured: fields, in proportion to
-    "baseline": (dict(self_cond="none"), None),
-    "self-conditioning": ({}, "baseline"),
-    "+ contrast": (dict(cl=0.01), "self-conditioning"),
-    "+ augmentation": (dict(aug=0.12), "self-conditioning"),
-    "+ both": (dict(aug=0.12, cl=0.01), "self-conditioning"),
-    "bf16": (dict(amp="bf16"), "self-conditioning"),
+PAIRS = {       # what is measured: fields of it, and of what it is compared with
+    "self-conditioning": ({}, dict(self_cond="none")),
+    "contrast": (dict(cl=0.01), {}),
+    "augmentation": (dict(aug=0.12), {}),
+    "both": (dict(aug=0.12, cl=0.01), {}),
+    "bf16": (dict(amp="bf16"), {}),
 }
 
 
-def wait(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def in_turns(works, rounds):
-    """Seconds of each of some functions of the number of the round, {name: [seconds]}, after one round
-    of warming up."""
-    times = {name: [] for name in works}
+def in_turns(one, two, rounds):
+    """Seconds of two functions of the number of the round, [(one, two)], after a round of warming
+    up."""
+    times = []
     for n in range(rounds + 1):
-        turn = n % len(works)           # whoever comes first finds another state of the allocator
-        for name in [*works][turn:] + [*works][:turn]:
+        seconds = [0, 0]
+        for k in (n % 2, 1 - n % 2):            # who comes first has another state of memory
             start = time.perf_counter()
-            works[name](n)
-            times[name].append(time.perf_counter() - start)
-    return {name: seconds[1:] for name, seconds in times.items()}
-
-
-def ratio(seconds, base):
-    """Median and quartiles of what a step takes in proportion to another of the same round."""
-    ratios = [a / b for a, b in zip(seconds, base)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def config(script, args, **fields):
-    dataset = "cifar10" if "cifar10" in script.RECIPES else "imagenet100"
-    return script.make_config(dataset, batch=args.batch, device=args.device, **fields)
-
-
-def random_images(script, cfg, device):
-    if script.SCRIPT == "dit_latent_sc":
-        return torch.randn(cfg.batch, 2, *script.latent_shape(cfg), device=device).half()
-    shape = (cfg.batch, 3, cfg.size, cfg.size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            (one, two)[k](n)
+            seconds[k] = time.perf_counter() - start
+        times.append(seconds)
+    return times[1:]
 
 
 def make_step(script, cfg, device):
@@ -71,7 +45,10 @@ def make_step(script, cfg, device):
     student = script.Student(script.build_net(cfg), cfg).to(device).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer, diffusion = script.make_optimizer(student, cfg), script.Diffusion(cfg)
-    images = random_images(script, cfg, device)
+    images = torch.randint(0, 256, (cfg.batch, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    if script.SCRIPT == "dit_latent_sc":
+        images = torch.randn(cfg.batch, 2, *script.latent_shape(cfg)).half()
+    images = images.to(device)
     y = torch.arange(cfg.batch, device=device) % 10
 
     def step(n):
@@ -82,34 +59,21 @@ def make_step(script, cfg, device):
         optimizer.step()
         optimizer.zero_grad()
         script.update_ema(teacher, student, cfg.ema, n + 1)
-        wait(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
     return step
 
 
-def steps(script, args, device):
-    works = {name: make_step(script, config(script, args, **fields), device)
-             for name, (fields, _) in VARIANTS.items()}
-    times = in_turns(works, args.rounds)
-    for name, (_, base) in VARIANTS.items():
-        if base:
-            print(f"  step, {name:18} {ratio(times[name], times[base])} x {base}", flush=True)
-
-
-@torch.no_grad()
-def features(script, args, device):
-    """Up to the layer of Table 10 against all of them."""
-    cfg = config(script, args)
-    net = script.build_net(cfg).to(device).eval()
-    x = random_images(script, cfg, device)
-    x, _ = script.make_view(x, torch.zeros(cfg.batch, 9))
-
-    def work(last):
-        def run(n):
-            script.features(net, x, cfg.t_probe, x, last=last)
-            wait(device)
-        return run
-    times = in_turns({"all": work(None), "some": work(cfg.layer)}, args.rounds)
-    print(f"  features up to {cfg.layer:9} {ratio(times['some'], times['all'])} x all", flush=True)
+def measure(script, args, device):
+    dataset = "cifar10" if "cifar10" in script.RECIPES else "imagenet100"
+    for name, fields in PAIRS.items():
+        works = []
+        for some in fields:
+            cfg = script.make_config(dataset, batch=args.batch, device=args.device, **some)
+            works.append(make_step(script, cfg, device))
+        ratios = [a / b for a, b in in_turns(*works, args.rounds)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"  {name:18} x {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
 
 
 def main():
@@ -124,8 +88,7 @@ def main():
         script = importlib.import_module(name)
         device = script.start(script.make_config(device=args.device))
         print(f"{name}, batch {args.batch} on {device}, median of {args.rounds} rounds (quartiles)")
-        steps(script, args, device)
-        features(script, args, device)
+        measure(script, args, device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ before the scripts were rewritten."""
 import pytest
 import torch
 
-from conftest import losses
+from conftest import agree, losses
 
 pytestmark = pytest.mark.numeric
 LOSSES = {
@@ -53,11 +53,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("aug", [0.0, 0.5])
 def test_losses(script, aug, config, monkeypatch):
-    """With weights that all matter, a warm-up, weight decay and clipping; without contrast.
-
-    A loss is a mean of thousands of squares, whose own rounding errors cancel: 2e-6, 16 ulps, is
-    more than other orders of addition make of it (3 at most between SSE4.1, AVX2 and AVX-512). Then
-    each step carries them on, and Adam divides by the size of gradients: 2e-6 more for each."""
+    """With weights that all matter, a warm-up, weight decay and clipping; without contrast. The
+    first losses differ by 3 ulps at most between SSE4.1, AVX2 and AVX-512, the last ones by 13."""
     build_net = script.build_net
 
     def louder(cfg):
@@ -70,8 +67,4 @@ def test_losses(script, aug, config, monkeypatch):
     monkeypatch.setattr(script, "build_net", louder)
     cfg = config(aug=aug, steps=20, warmup=1.0)
     script.train(cfg)
-    expected = LOSSES[script.SCRIPT, aug]
-    found = losses(cfg.out)
-    assert len(found) == 20
-    for step, (a, b) in enumerate(zip(found, expected), 1):
-        assert a == pytest.approx(b, rel=2e-6 * step), (step, a, b)
+    assert agree(losses(cfg.out), LOSSES[script.SCRIPT, aug])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import (agree, final, finish, load, log, losses, only, random_data, same, small_config,
-                      small_net, start, use_random_data)
+from conftest import (agree, final, finish, load, log, losses, only, random_data, same,
+                      small_config, small_net, start, use_random_data)
 
 one = only("uvit_sc")
 

@@ -1,7 +1,5 @@
 """The UNets: sizes, recipes, equality with the public network, self-conditioning, features. The
 class is one text in three scripts (test_copies.py)."""
-import math
-
 import pytest
 import torch
 
@@ -192,22 +190,3 @@ def test_features(script):
     diffusion, at = script.Diffusion(net.cfg), torch.full((4,), t)
     f = net(*diffusion.inputs(diffusion.add_noise(X, at, eps), at))[1]
     assert torch.equal(f, full[net.cfg.layer])
-
-
-def test_time_embedding():
-    """Sines first; frequencies from 1 to 1e-4, divided by half - 1. Labels of the augmentation
-    enter by a matrix without bias, so that zeros are no labels."""
-    embed = ddpm_sc.TimeEmbedding(8, 8, aug=True)
-    torch.nn.init.eye_(embed.lin1.weight)
-    torch.nn.init.zeros_(embed.lin1.bias)
-    embed.lin2 = torch.nn.Identity()
-    waves = [f(7 * 10000 ** (-i / 3)) for f in (math.sin, math.cos) for i in range(4)]
-    t = torch.tensor([7.0])
-    for label in (0.0, 0.5):
-        aug = torch.full((1, 9), label)
-        added = label * embed.aug_emb.weight.double().sum(dim=1)
-        x = torch.tensor(waves, dtype=torch.float64) + added
-        # Angles of up to 7 are rounded to 2^-22; then ten sums of numbers below 4.
-        near = 2 ** -22 + rounding(4, 10)
-        assert (embed(t, aug)[0] - x * x.sigmoid()).abs().max() < near
-    assert torch.equal(embed(t), embed(t, torch.zeros(1, 9)))

@@ -118,35 +118,6 @@ def test_the_feature_that_is_contrasted(fields, name):
     assert torch.equal(f, script.features(net, X, 11, X)[name])
 
 
-def test_patches_go_back_where_they_came_from():
-    """With an identity in place of the Transformer, unpatchify undoes patchify, bit for bit."""
-    net = small_net(script, self_cond="none")
-    p, C = net.patch, 3
-    for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
-        block.forward = lambda x, mask, skip=None: x
-    net.norm = torch.nn.Identity()
-    with torch.no_grad():
-        for q in net.parameters():
-            q.zero_()
-        for channel in range(C):
-            net.final_layer.weight[channel, channel, 1, 1] = 1
-            for row in range(p):
-                for column in range(p):
-                    k = (row * p + column) * C + channel    # channel fastest, as the official code
-                    net.patch_embed.proj.weight[k, channel, row, column] = 1
-                    net.decoder_pred.weight[k, k] = 1
-        assert torch.equal(net(X, T)[0], X)
-
-
-def test_time_token():
-    """Cosines first, frequencies from 1 to 10000^(-3/4) of four. Angles up to 7 are rounded to
-    2^-22."""
-    token = uvit_sc.time_token(torch.tensor([0.0, 7.0]), 8)
-    expected = [f(7 * 10000 ** (-i / 4)) for f in (math.cos, math.sin) for i in range(4)]
-    assert token[0].tolist() == [1] * 4 + [0] * 4
-    assert token[1].tolist() == pytest.approx(expected, abs=2 ** -21)
-
-
 @pytest.mark.parametrize("mask", [1, 0])
 def test_cls_and_the_label_do_not_see_each_other(mask):
     """Fig. 2(b): neither the value of [CLS] nor its gradient depends on the augmentation's token
