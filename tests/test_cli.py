@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import re
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch

@@ -3,6 +3,7 @@ Numbers of the public VA-VAE were compared once, with its code."""
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,14 @@ def test_vavae_on_a_cpu(pictures, small_vae):
     latents, labels = dit.load_data(cfg, True)
     assert latents.shape == (9, 2, 32, 2, 2) and labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert dit.fingerprint(latents, labels).startswith("9 images of 3 classes, CRC ")
+
+
+def test_on_a_cpu_no_thread_reads_ahead(cfg):
+    """A second thread that computes would take OpenMP's threads from training."""
+    images, labels = dit.load_latents(cfg, train=True)
+    batches = dit.read_ahead(images, labels, cfg, 3, slice(2, 4), CPU)
+    before = threading.active_count()
+    x, y = next(batches)
+    assert threading.active_count() == before
+    rows = dit.batch_indices(len(images), cfg.batch, cfg.seed, 3)[2:4]
+    assert torch.equal(x, images[rows]) and torch.equal(y, labels[rows])
