@@ -1424,8 +1424,8 @@ def make_config(dataset="glyphs", **overrides):
 def check(name, value, values):
     if value not in values:
         words = [str(v) for v in values]
-        more = ", ..." if len(words) > 40 else ""
-        raise UserError(f"--{name} {value}: must be one of {', '.join(words[:40])}{more}")
+        more = ", ..." if len(words) > 20 else ""
+        raise UserError(f"--{name} {value}: must be one of {', '.join(words[:20])}{more}")
 
 
 def dit_layers(cfg):
