@@ -439,9 +439,9 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
     2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by translate * S / 8 pixels."""
     S = x.shape[-1]
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-aniso, aniso], dim=1)))
-    stretch = rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
     # The output at z shows the input at M z + v; both are (x, y), in pixels from the middle.
-    M = rotation(rotate) @ stretch * 2 ** (-0.2 * scale).view(-1, 1, 1)
+    M = rotation(rotate) @ rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
+    M = M * 2 ** (-0.2 * scale).view(-1, 1, 1)
     v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
     # Twice as large, an image has its middle half a pixel before the map's.
     up, down = resampling(S, x.device)
