@@ -24,7 +24,7 @@ import http.client, inspect, json, math, os, re, shutil, signal, sys, time, urll
 from pathlib import Path
 
 # Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -98,11 +98,6 @@ RECIPES = {  # fields of Config by data set; under `unconditional` those that di
     "imagenet": dict(size=256, ema_ramp=False, epochs=90, save_every=10, sample_every=10,
                      layer="block_10", unconditional=dict(layer="block_9")),
     "folder": dict(size=256),
-}
-DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
-    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
-    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
-    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
@@ -699,6 +694,12 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 # ---- 7. Data: latents float16 (N, 2, C, h, w) of images and their mirror images, from a file -----
 
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
+    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+}
+
 # The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
 DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",
           "1014 1474 7078", "7010 1014 1474 7478 7818", "7010 1018 1878 7874 7414", "1070 7078",
@@ -1182,7 +1183,7 @@ def load_latents(cfg, train):
 def read_ahead(images, labels, cfg, step, own, device):
     """From a step on, latents and labels of this process's rows of each global batch, on the
     device. For a GPU a thread reads one step ahead, as latents come from a disk; on a CPU that
-    would nearly halve the speed: with a second team of threads, OpenMP's no longer fit the cores."""
+    would nearly halve the speed: two teams of OpenMP threads do not fit the cores."""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         batch = images[rows.to(images.device)]

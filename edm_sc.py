@@ -26,7 +26,7 @@ import urllib.request, zipfile, zlib
 from pathlib import Path
 
 # Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -94,11 +94,6 @@ RECIPES = {  # fields of Config by data set; under a backbone's name those that 
     # 64 x 64: Table 10 has ddpm alone; ddpmpp takes its layer.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(layer="out_5", t_probe=0.2964, ddpmpp=dict(batch=256))),
-}
-DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
-    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
-    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
-    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
@@ -766,6 +761,12 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 
 # ---- 7. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory or mapped ---------------
+
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
+    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+}
 
 # The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
 DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",

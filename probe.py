@@ -19,7 +19,7 @@ import argparse, dataclasses, functools, importlib, json, math, os, shutil, sys,
 from pathlib import Path
 
 # OpenMP threads must not spin while they wait: beside a busy process, 480 images/s fell to 3.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -26,7 +26,7 @@ import urllib.request, zipfile, zlib
 from pathlib import Path
 
 # Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -95,11 +95,6 @@ RECIPES = {  # fields of Config by data set; under a backbone's name those that 
     # 64 x 64: Table 10 has EDM with ddpm: its layer, and its noise-to-data ratio as t.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(layer="out_5", t_probe=0.2286, ddpmpp=dict(batch=256))),
-}
-DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
-    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
-    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
-    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
@@ -285,6 +280,48 @@ class UNet(nn.Module):
 
 # ---- 3. The formulation: rectified flow (Liu et al. 2023, Table 8) -------------------------------
 
+class RF:
+    """t in [0, 1], 0 is the data; images are in [-1, 1]."""
+    probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)
+    t_range = (0, 1)
+    uncertainty = None                              # EDM alone learns weights of the noise levels
+
+    def __init__(self, cfg):
+        self.nfe, self.tol = cfg.nfe, cfg.tol
+
+    def draw_t(self, n, generator):
+        """Training times (n,) float32: uniform on [0, 1]."""
+        return torch.rand(n, generator=generator, device=generator.device)
+
+    def add_noise(self, x_0, t, eps):
+        """x_t = (1 - t) x_0 + t eps, Eq. (1). x_0 and eps (B, C, H, W), t (B,)."""
+        return (1 - t).view(-1, 1, 1, 1) * x_0 + t.view(-1, 1, 1, 1) * eps
+
+    def inputs(self, x_t, t):
+        """What the network is given: x_t, and c_noise = t."""
+        return x_t, t
+
+    def loss(self, prediction, x_0, eps, t):
+        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over pixels: (B,) float32."""
+        return (prediction.float() - (eps - x_0)).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self, net, noise):
+        """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. noise
+        (B, C, H, W) ~ N(0, I) -> images in [-1, 1], and network evaluations (of each) image."""
+        def velocity(x, t):
+            return net(*self.inputs(x, t))[0].float()
+
+        if self.nfe == 0:
+            with torch.autocast(noise.device.type, enabled=False):  # bf16 rounds by more than tol
+                return rk45(velocity, noise, 1.0, 0.0, self.tol)
+        x = noise
+        for i in range(self.nfe):
+            t = torch.full((len(x),), 1 - i / self.nfe, device=x.device)
+            x = x - velocity(x, t) / self.nfe
+        return x, self.nfe
+
+
 # Dormand and Prince 1980, RK5(4)7M: time and coefficients of each stage, the last gives the new x;
 # ERROR: coefficients of order 5 minus those of order 4.
 STAGES = [
@@ -332,49 +369,6 @@ def rk45(f, x, start, end, tol):
         step = torch.where(going, step * grow, step)
         nfe += 6 * going
     raise UserError(f"--tol {tol:g}: RK45 has not arrived in 10,000 steps; raise it, or use --nfe")
-
-
-class RF:
-    """t in [0, 1], 0 is the data; images are in [-1, 1]."""
-    probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)
-    t_range = (0, 1)
-    uncertainty = None                              # EDM alone learns weights of the noise levels
-
-    def __init__(self, cfg):
-        self.nfe = cfg.nfe
-        self.tol = cfg.tol
-
-    def draw_t(self, n, generator):
-        """Training times (n,) float32: uniform on [0, 1]."""
-        return torch.rand(n, generator=generator, device=generator.device)
-
-    def add_noise(self, x_0, t, eps):
-        """x_t = (1 - t) x_0 + t eps, Eq. (1). x_0 and eps (B, C, H, W), t (B,)."""
-        return (1 - t).view(-1, 1, 1, 1) * x_0 + t.view(-1, 1, 1, 1) * eps
-
-    def inputs(self, x_t, t):
-        """What the network is given: x_t, and c_noise = t."""
-        return x_t, t
-
-    def loss(self, prediction, x_0, eps, t):
-        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over pixels: (B,) float32."""
-        return (prediction.float() - (eps - x_0)).square().mean(dim=(1, 2, 3))
-
-    @torch.no_grad()
-    def sample(self, net, noise):
-        """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. noise
-        (B, C, H, W) ~ N(0, I) -> images in [-1, 1], and network evaluations (of each) image."""
-        def velocity(x, t):
-            return net(*self.inputs(x, t))[0].float()
-
-        if self.nfe == 0:
-            with torch.autocast(noise.device.type, enabled=False):  # bf16 rounds by more than tol
-                return rk45(velocity, noise, 1.0, 0.0, self.tol)
-        x = noise
-        for i in range(self.nfe):
-            t = torch.full((len(x),), 1 - i / self.nfe, device=x.device)
-            x = x - velocity(x, t) / self.nfe
-        return x, self.nfe
 
 
 Network, Diffusion = UNet, RF
@@ -783,6 +777,12 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 
 # ---- 7. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory or mapped ---------------
+
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
+    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+}
 
 # The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
 DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",

@@ -25,7 +25,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 # Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -97,11 +97,6 @@ RECIPES = {  # fields of Config by data set
     "cifar100": {},
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(patch=4, layer="out_1", t_probe=66)),          # patch 4 as in U-ViT's own
-}
-DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
-    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
-    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
-    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
 }
 
 
@@ -256,8 +251,7 @@ class DDPM:
         alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])               # t = 0..T
         self.alpha = alpha_bar.sqrt().float()
         self.sigma = (1 - alpha_bar).sqrt().float()
-        self.time_scale = cfg.time_scale
-        self.nfe = cfg.nfe
+        self.time_scale, self.nfe = cfg.time_scale, cfg.nfe
 
     def draw_t(self, n, generator):
         """Training times (n,) int64: uniform on 1..T."""
@@ -701,6 +695,12 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
 
 
 # ---- 7. Data: uint8 images (N, C, H, W) and int64 labels (N,), in memory or mapped ---------------
+
+DATASETS = {  # channels, side in pixels, classes (0: as many as there are folders)
+    "glyphs": (3, 16, 10), "fashion_mnist": (1, 32, 10), "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100), "tiny_imagenet": (3, 64, 200), "imagenet100": (3, 64, 100),
+    "imagenet": (3, 64, 1000), "folder": (3, 64, 0),
+}
 
 # The lines of the ten digits on a seven-segment display: "1070" goes from (1, 0) to (7, 0), y down.
 DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 7818 1474",
