@@ -2,25 +2,21 @@
 
 FID (Heusel et al. 2017, arXiv 1706.08500) = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of
 Gaussians fitted to features of two image sets; Inception Score (Salimans et al. 2016) = exp E_x
-KL(p(y|x) || p(y)). Network, resizing and statistics are pytorch-fid's: same weights, same FID to
-1e-3; with --resize tensorflow those of torch-fidelity and ADM's evaluator, whose scores differ.
-Scores compare only at equal N, reference, sampler and detector: hence the protocol line.
+KL(p(y|x) || p(y)). FID equals pytorch-fid's to 1e-3, with --resize tensorflow torch-fidelity's and
+ADM's. Scores compare only at equal N, reference, sampler and detector: hence the protocol line.
 
     python fid.py runs/.../last.pt                    # 50,000 samples and the training images
     python fid.py runs/.../last.pt --detector tiny    # no Inception at hand, or no photographs
     python fid.py samples/ cifar10_stats.npz          # folder, .npz, data set or checkpoint
     torchrun --nproc_per_node=2 fid.py ...            # share the work; the same numbers
 """
-import argparse, contextlib, dataclasses, datetime, functools, hashlib, importlib, itertools, json
-import math, os, sys, time, urllib.request
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+import argparse, collections, concurrent.futures, contextlib, dataclasses, datetime, functools
+import hashlib, importlib, itertools, json, math, os, sys, time
 from pathlib import Path
 
 import numpy as np
-# OpenMP threads that spin while they wait starve beside another busy process: 480 images/s fell to
-# 3. They are to sleep soon. Must be set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# OpenMP threads must not spin while they wait: beside a busy process, 480 images/s fell to 3.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -28,25 +24,24 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-SCRIPTS = ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")    # nothing else is imported
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d"       # how the sha256 of that file begins
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-QUIET = True if RANK else None      # of progress bars; None: only where stderr is no terminal
+QUIET = RANK > 0 or None            # no progress bars; None: only where stderr is no terminal
+BESIDE = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")
+          if Path(__file__).with_name(f"{name}.py").exists()]
+SCRIPTS = {name: importlib.import_module(name) for name in BESIDE}      # nothing else is imported
 
 
 class UserError(ValueError):
     """What the user can mend. The command line prints it as one line and ends with status 2."""
 
 
-def digest(*parts):
-    """The first 12 hex digits of the sha256 of bytes-like parts, one after the other."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()[:12]
+def digest(data):
+    """The first 12 hex digits of the sha256 of bytes or of an array."""
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -90,7 +85,7 @@ def unit(c_in, c_out, kernel, stride=1, padding="same"):
     padding = padding if stride == 1 else "valid"
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
     bn = nn.BatchNorm2d(c_out, eps=1e-3)
-    return nn.Sequential(OrderedDict(conv=conv, bn=bn, relu=nn.ReLU(inplace=True)))
+    return nn.Sequential(collections.OrderedDict(conv=conv, bn=bn, relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
@@ -130,34 +125,32 @@ class Inception(nn.Sequential):
     def __init__(self, resize="torch"):
         average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)     # TensorFlow's
         most, halve = nn.MaxPool2d(3, stride=1, padding=1), nn.MaxPool2d(3, stride=2)
-        row, column, fork = (1, 7), (7, 1), (384, (1, 3), (3, 1))
+        row, col, fork = (1, 7), (7, 1), (384, (1, 3), (3, 1))
+        single, triple = [(192, 1)], [(64, 1), (96, 3), (96, 3)]
 
         def a(c_in, d):
             return Mixed(c_in, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                         branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(d, 1)])
+                         branch3x3dbl=triple, branch_pool=[(d, 1)])
 
         def c(d):
-            return Mixed(
-                768, average, branch1x1=[(192, 1)], branch7x7=[(d, 1), (d, row), (192, column)],
-                branch7x7dbl=[(d, 1), (d, column), (d, row), (d, column), (192, row)],
-                branch_pool=[(192, 1)])
+            return Mixed(768, average, branch1x1=single, branch7x7=[(d, 1), (d, row), (192, col)],
+                         branch7x7dbl=[(d, 1), (d, col), (d, row), (d, col), (192, row)],
+                         branch_pool=single)
 
         def e(c_in, pool):
             return Mixed(c_in, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
-                         branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+                         branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=single)
 
-        super().__init__(OrderedDict(
+        super().__init__(collections.OrderedDict(
             Conv2d_1a_3x3=unit(3, 32, 3, stride=2), Conv2d_2a_3x3=unit(32, 32, 3, padding="valid"),
             Conv2d_2b_3x3=unit(32, 64, 3), pool_1=halve,                        # (B, 64, 73, 73)
             Conv2d_3b_1x1=unit(64, 80, 1), Conv2d_4a_3x3=unit(80, 192, 3, padding="valid"),
             pool_2=halve, Mixed_5b=a(192, 32), Mixed_5c=a(256, 64), Mixed_5d=a(288, 64),
-            Mixed_6a=Mixed(288, halve, branch3x3=[(384, 3)],                    # (B, 288, 35, 35)
-                           branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[]),
+            Mixed_6a=Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=triple, branch_pool=[]),
             Mixed_6b=c(128), Mixed_6c=c(160), Mixed_6d=c(160), Mixed_6e=c(192), # (B, 768, 17, 17)
             Mixed_7a=Mixed(768, halve, branch3x3=[(192, 1), (320, 3)], branch7x7x3=[
-                (192, 1), (192, row), (192, column), (192, 3)], branch_pool=[]),
-            Mixed_7b=e(1280, average), Mixed_7c=e(2048, most),                  # (B, 2048, 8, 8)
-            fc=nn.Linear(2048, 1008)))
+                (192, 1), (192, row), (192, col), (192, 3)], branch_pool=[]),
+            Mixed_7b=e(1280, average), Mixed_7c=e(2048, most), fc=nn.Linear(2048, 1008)))
         self.resize = resize
 
     def forward(self, images):
@@ -165,8 +158,7 @@ class Inception(nn.Sequential):
         if self.resize == "tensorflow":
             x = (resize_tensorflow(x) - 128) / 128
         else:       # without antialias
-            x = F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False)
-            x = 2 * x - 1
+            x = 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear") - 1
         for layer in list(self)[:-1]:
             x = layer(x)
         features = x.mean(dim=(2, 3))
@@ -175,36 +167,23 @@ class Inception(nn.Sequential):
 
 def resize_tensorflow(x, size=299):
     """Bilinear as in TensorFlow 1: pixel i of the new image lies at i * old / new, without the
-    half-pixel shift of others. float32 (B, C, H, W) -> (B, C, size, size)."""
-    for dim in (3, 2):
-        old = x.shape[dim]
-        place = torch.arange(size, device=x.device) * torch.tensor(old / size, dtype=torch.float32)
-        low = place.long()
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=old - 1))
-        weight = place - low
-        x = a + (b - a) * (weight if dim == 3 else weight[:, None])
-    return x
+    half-pixel shift of others. With one more pixel on both sides, so do aligned corners."""
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, size=size + 1, mode="bilinear", align_corners=True)[..., :-1, :-1]
 
 
 def load_inception(file, folder, resize):
-    """From `file`, which may hold any weights, or from the published file, which is looked for in
-    `folder` and else downloaded to it."""
+    """From `file`, or from the published file, which lies in `folder` or is downloaded to it."""
     path, net = Path(file or Path(folder, INCEPTION_URL.rpartition("/")[2])), Inception(resize)
     try:
-        there = file or path.exists()
-        source = open(path, "rb") if there else urllib.request.urlopen(INCEPTION_URL, timeout=30)
-        with source:
-            data = source.read()
-        net.hash = digest(data)
-        if not file and not net.hash.startswith(INCEPTION_SHA256):
-            raise OSError(f"{len(data)} bytes with sha256 {net.hash}..., not {INCEPTION_SHA256}...")
-        if not there:
-            with new_file(path) as new:
-                new.write(data)
+        if not file and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:      # there are many ways to fail
         raise UserError(f"{path} holds no Inception weights ({str(error)[:300]}); put there what "
                         f"{INCEPTION_URL} serves, or give --inception FILE or --detector tiny")
+    net.hash = digest(path.read_bytes())
     return net.eval()
 
 
@@ -231,11 +210,8 @@ class TinyDetector(nn.Module):
         return features, self.head(features.relu())
 
 
-def train_detector(images, labels, steps=800, batch=128, lr=3e-3, shift=1):
+def train_detector(net, images, labels, steps=800, batch=128, lr=3e-3, shift=1):
     """On the CPU, for a number of steps: the same images, the same detector, up to rounding."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = TinyDetector(images.shape[-1], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr)
     gen = torch.Generator().manual_seed(0)
     for step in tqdm(range(steps), desc="training the tiny detector", unit="step", disable=QUIET):
@@ -247,7 +223,6 @@ def train_detector(images, labels, steps=800, batch=128, lr=3e-3, shift=1):
         optimizer.zero_grad()
         F.cross_entropy(net(x)[1], labels[rows]).backward()
         optimizer.step()
-    return net.eval()
 
 
 def load_detector(side, folder):
@@ -255,28 +230,31 @@ def load_detector(side, folder):
     images, labels = side.load(True)
     if labels.max() == 0:
         raise UserError(f"--detector tiny tells classes apart, and {side.name} has only one")
-    key = digest(side.facts["sha256"].encode(), labels.numpy())
+    key = digest(side.facts["sha256"].encode() + labels.numpy().tobytes())
     path = Path(folder, f"detector-tiny2-{side.name}-{key}.pt")
-    if not path.exists():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = TinyDetector(images.shape[-1], int(labels.max()) + 1)
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+    else:
         test, answers = side.load(False)        # first, as it may be missing
-        net = train_detector(images, labels)
+        train_detector(net, images, labels)
+        net.eval()
         with torch.no_grad():
             found = torch.cat([net(x)[1].argmax(dim=1) for x in test.split(500)])
         net.accuracy += (found == answers).double().mean()
         with new_file(path) as file:
             torch.save(net.state_dict(), file)
-    net = TinyDetector(images.shape[-1], int(labels.max()) + 1)
-    net.load_state_dict(torch.load(path, weights_only=True))
-    net.hash = digest(*[value.numpy() for value in net.state_dict().values()])
+    net.hash = digest(b"".join(value.numpy().tobytes() for value in net.state_dict().values()))
     return net.eval()
 
 
 # ---- 3. Statistics and distance, in float64 ------------------------------------------------------
 
 class Statistics:
-    """Mean and covariance of features, and Inception Score of logits, of n images in one pass. For
-    the IS, images fall into ten parts after a fixed shuffle (torch-fidelity's): parts of a folder
-    sorted by class would hold few classes each."""
+    """Mean and covariance of features, Inception Score of logits, in one pass. The IS has ten parts
+    after torch-fidelity's fixed shuffle: parts of a sorted folder would hold few classes each."""
 
     def __init__(self, n, dim, classes, device="cpu"):
         part = np.empty(n, np.uint8)
@@ -311,15 +289,13 @@ class Statistics:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians (Dowson & Landau 1982; as FID: Heusel et al. 2017,
-    Eq. 6): |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). With S = A A^T the last trace is
-    the sum of the singular values of A1^T A2, all real. The square root of S1 S2 itself, which is
-    not symmetric, becomes complex by rounding where there are fewer images than features."""
+    """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) (Dowson & Landau 1982). With S = A A^T the
+    last trace is the sum of the singular values of A1^T A2, all real. The square root of S1 S2,
+    which is not symmetric, becomes complex by rounding if there are fewer images than features."""
     def factor(sigma):      # A (D, rank), without what is but rounding: its roots, 1e-8, add up
         values, vectors = torch.linalg.eigh(sigma)
         real = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
         return vectors[:, real] * values[real].sqrt()
-
     mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
     trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
@@ -345,18 +321,10 @@ def images_in_memory(name, images, load=None):
     return Side(name, len(images), facts, functools.partial(shares, images), load=load)
 
 
-@functools.cache
-def scripts():
-    """Those of our scripts that lie beside this file, as modules."""
-    there = [name for name in SCRIPTS if Path(__file__).with_name(f"{name}.py").exists()]
-    return {name: importlib.import_module(name) for name in there}
-
-
 def open_dataset(name, data_dir, like):
-    """The training images of a data set; as large as the samples of a checkpoint trained on it,
-    whose config is `like`."""
+    """The training images of a data set, as a checkpoint with config `like` was trained on them."""
     readers = {}
-    for script in reversed(scripts().values()):     # DiT's reads latents: any other goes before
+    for script in reversed(SCRIPTS.values()):       # DiT's reads latents: any other goes before
         readers |= dict.fromkeys(script.RECIPES, script)
     if name not in readers:
         raise UserError(f"{name} is no folder, .npz, .pt, nor a data set: {', '.join(readers)}")
@@ -388,10 +356,10 @@ def read_image(file):
 
 
 def open_folder(path):
-    """Images of a folder, not of its subfolders, by name. They may differ in size. The hash is
-    that of the files."""
+    """Images of a folder, not of its subfolders, by name. They may differ in size."""
     kinds = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
     files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in kinds]
+    pool = concurrent.futures.ThreadPoolExecutor(8)
     if not files:
         raise UserError(f"{path} holds no images; its folders are not looked into: name one")
 
@@ -408,8 +376,7 @@ def open_folder(path):
                 yield start, images
                 start += len(images)
 
-    pool = ThreadPoolExecutor(8)
-    sha = digest(*[hashlib.sha256(file.read_bytes()).digest() for file in files])
+    sha = digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
     return Side(str(path), len(files), dict(sha256=sha), batches)
 
 
@@ -432,25 +399,13 @@ def open_npz(path):
     return images_in_memory(str(path), images)
 
 
-def save_images(path, images, seeds):
-    """One .npz as ADM reads it, or a folder of PNGs, named by seed."""
-    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-    if path.endswith(".npz"):
-        with new_file(path) as file:
-            np.savez(file, pixels)
-        return
-    Path(path).mkdir(parents=True, exist_ok=True)
-    for seed, image in zip(seeds, pixels):
-        Image.fromarray(image).save(Path(path, f"{seed:06d}.png"))
-
-
 def open_checkpoint(path, args, device, save):
-    """Samples, drawn while they are measured: image i is of seed i. save: where they are kept."""
+    """Samples, drawn while they are measured: image i is of seed i. save: a new folder for them."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = scripts()[state["script"]]
+        script = SCRIPTS[state["script"]]
     except Exception as error:      # torch.load fails in many ways
-        raise UserError(f"{path} is no checkpoint of {', '.join(scripts())} ({str(error)[:200]})")
+        raise UserError(f"{path} is no checkpoint of {', '.join(SCRIPTS)} ({str(error)[:200]})")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
     settings = dataclasses.asdict(cfg)
     for name in ("nfe", "guidance", "data_dir", "vae", "amp"):
@@ -465,16 +420,19 @@ def open_checkpoint(path, args, device, save):
         facts["guidance"] = cfg.guidance
 
     def draw(batch):        # all draw a chunk together, and have all of it; each measures its share
-        evaluations, kept = 0, []
+        evaluations = 0
+        if save and RANK == 0:
+            Path(save).mkdir(parents=True)      # an error where it exists
         for i in range(0, args.n, batch * WORLD):
             images = script.sample(net, cfg, seeds[i:i + batch * WORLD])
             evaluations += net.nfe * len(images)
-            kept += [images] if save and RANK == 0 else []
-            if len(images) > RANK * batch:
-                yield i + RANK * batch, images[RANK * batch:(RANK + 1) * batch]
+            if save and RANK == 0:
+                pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+                for seed, picture in enumerate(pixels, seeds[i]):
+                    Image.fromarray(picture).save(Path(save, f"{seed:06d}.png"))
+            for start, share in shares(images, batch):      # one at most
+                yield i + start, share
         facts["nfe"] = round(evaluations / args.n, 1)       # RK45 takes as many as an image needs
-        if kept:
-            save_images(save, torch.cat(kept), seeds)
 
     return Side(str(path), args.n, facts, draw, cfg=cfg)
 
@@ -490,7 +448,7 @@ def open_side(word, args, device, save=None, like=None):
     return open_dataset(word, args.data_dir or "data", like)
 
 
-# ---- 5. Evaluation -------------------------------------------------------------------------------
+# ---- 5. Evaluation and command line --------------------------------------------------------------
 
 @torch.no_grad()
 def measure(side, net, device, batch):
@@ -517,12 +475,6 @@ def measure(side, net, device, batch):
     return stats.gaussian(), score
 
 
-def save_stats(path, side, gaussian, resize):
-    facts = dict(n=side.n, resize=resize, pixels=side.facts["pixels"])
-    with new_file(path) as file:
-        np.savez(file, mu=gaussian[0], sigma=gaussian[1], **facts)
-
-
 def measure_reference(side, net, args, device):
     """(mu, sigma), kept for next time: the same detector and images have the same."""
     sha = side.facts.get("sha256")      # samples have none
@@ -531,13 +483,12 @@ def measure_reference(side, net, args, device):
         known = open_npz(cache)
         side.facts.update(known.facts, cached=True)
         return known.gaussian
-    gaussian, _ = measure(side, net, device, args.batch)
+    (mu, sigma), _ = measure(side, net, device, args.batch)
     if sha and RANK == 0:
-        try:
-            save_stats(cache, side, gaussian, net.resize)
-        except OSError as error:        # data may lie where nobody may write
-            print(f"note: {cache} cannot be kept for next time ({error})", file=sys.stderr)
-    return gaussian
+        facts = dict(n=side.n, resize=net.resize, pixels=side.facts["pixels"])
+        with contextlib.suppress(OSError), new_file(cache) as file:     # where one may write
+            np.savez(file, mu=mu, sigma=sigma, **facts)
+    return mu, sigma
 
 
 def score_name(n):
@@ -549,25 +500,20 @@ def score_name(n):
 
 def evaluate(args, device):
     """Everything that will be reported, as a dict."""
-    begin, tiny, b = time.time(), args.detector == "tiny", None
+    begin, tiny = time.time(), args.detector == "tiny"
     a = in_turn(lambda: open_side(args.A, args, device, args.save))
-    folder = args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
-    if not args.save_stats:
-        b = in_turn(lambda: open_side(args.B or a.cfg.dataset, args, device, like=a.cfg))
-    if tiny and not (b and b.load):
+    args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
+    b = in_turn(lambda: open_side(args.B or a.cfg.dataset, args, device, like=a.cfg))
+    if tiny and not b.load:
         raise UserError("--detector tiny learns from a data set, which must be the reference")
-    net = in_turn(lambda: load_detector(b, folder) if tiny else
-                  load_inception(args.inception, folder, args.resize)).to(device)
-    target = measure_reference(b, net, args, device) if b else None
-    gaussian, score = measure(a, net, device, args.batch)
-    result = dict(inception_score=score)
-    if b:
-        counts = [a.n] if b.load else [a.n, b.n]        # a data set is all there is
-        name = score_name(None if None in counts else min(counts))
-        result["score"] = "FD-tiny" if tiny else name
-        result["value"] = frechet_distance(*gaussian, *target)
-    elif RANK == 0:
-        save_stats(args.B, a, gaussian, net.resize)
+    net = in_turn(lambda: load_detector(b, args.data_dir) if tiny else
+                  load_inception(args.inception, args.data_dir, args.resize)).to(device)
+    target = measure_reference(b, net, args, device)
+    gaussian, inception_score = measure(a, net, device, args.batch)
+    counts = [a.n] if b.load else [a.n, b.n]        # a data set is all there is
+    name = "FD-tiny" if tiny else score_name(None if None in counts else min(counts))
+    result = dict(inception_score=inception_score, score=name,
+                  value=frechet_distance(*gaussian, *target))
     if tiny:        # as many test images as A has, if there are
         test = in_turn(lambda: b.load(False)[0])
         test = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:a.n]]
@@ -575,43 +521,39 @@ def evaluate(args, device):
         result |= dict(floor=frechet_distance(*floor, *target), floor_n=len(test),
                        detector_accuracy=net.accuracy.item())
     for key, side in dict(A=a, B=b).items():
-        result[key] = side and dict(name=side.name, n=side.n, **side.facts)
+        result[key] = dict(name=side.name, n=side.n, **side.facts)
     return result | dict(detector=net.kind, detector_sha256=net.hash, features=net.dim,
                          resize=net.resize, processes=WORLD, seconds=round(time.time() - begin, 1))
 
 
 def report(r, path):
     """Two lines: the score, and how it came about. For the tiny detector a third. And warnings."""
-    head = "{score} {value:.4f}".format(**r) if r["B"] else "statistics are saved"
+    head, protocol = "{score} {value:.4f}".format(**r), ""
     if r["inception_score"]:
         head += "   Inception Score {:.3f} +- {:.3f}".format(*r["inception_score"])
-    protocol, sides = "", {key: r[key] for key in ("A", "B") if r[key]}
-    for key, side in sides.items():
+    for key in "AB":
+        side = r[key]
         words = [f"{name} {value}" for name, value in side.items() if name != "name"]
         protocol += f"{key} {side['name']}, {', '.join(words)}; "
         if side["n"] and side["n"] < r["features"]:
-            print("WARNING: {name} has {n} images, too few for a covariance: the score is much too "
-                  "high; compare it with scores of the same N only".format(**side), file=sys.stderr)
+            print(f"WARNING: {side['name']} has {side['n']} images, too few for a covariance: "
+                  "the score is much too high", file=sys.stderr)
     protocol += "detector {detector} {detector_sha256}, resize {resize}; {seconds} s".format(**r)
     print(f"{head}\nprotocol: {protocol}", flush=True)
     if "floor" in r:
         print("floor: FD-tiny {floor:.4f} for {floor_n} test images, about what a perfect model "
               "would get; the detector's test accuracy is {detector_accuracy:.2%}".format(**r))
-    pixels = [side["pixels"] for side in sides.values() if "pixels" in side]
-    if len(set(pixels)) > 1:
-        print(f"note: A has {pixels[0]} pixels, B {pixels[1]}: the score sees it", file=sys.stderr)
+    a, b = r["A"].get("pixels"), r["B"].get("pixels")
+    if a and b and a != b:
+        print(f"note: A has {a} pixels, B {b}: the score sees it", file=sys.stderr)
     if path:
-        with new_file(path) as file:
-            file.write(json.dumps(r, indent=1).encode())
+        Path(path).write_text(json.dumps(r, indent=1))
 
-
-# ---- 6. Command line -----------------------------------------------------------------------------
 
 def fail(message):
     """Ends the process with one line, status 2. torchrun then ends the others."""
     time.sleep(5 if LOCAL_RANK > 0 else 0)      # the first one says it
     tqdm.write(f"fid: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.stderr.flush()
     os._exit(2) if WORLD > 1 else sys.exit(2)
 
 
@@ -622,47 +564,33 @@ def parse_command_line(argv):
     add = parser.add_argument
     add("A", help="folder of images, .npz, checkpoint (.pt), or data set")
     add("B", nargs="?", help="the reference, likewise (the training images of checkpoint A)")
-    add("--n", "--images", type=int, help="images to draw (50000; 1000 with --detector tiny); "
-        "torchrun would take --n for its own")
-    add("--seed", type=int, help="image i has seed SEED + i (0)")
-    add("--weights", choices=("ema", "model"), help="ema: averaged | model: raw (ema)")
+    add("--n", "--images", type=int, help="to draw (50000; tiny: 1000); torchrun would take --n")
+    add("--seed", type=int, default=0, help="image i has seed SEED + i (0)")
+    add("--weights", choices=("ema", "model"), default="ema", help="averaged (ema) | raw (model)")
     add("--nfe", type=int, help="network evaluations per image (the run's)")
     add("--guidance", type=float, help="of classifier-free guidance, 1: none (the run's)")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), help="precision of drawing (the run's)")
     add("--vae", help="VA-VAE's weights, for dit_latent_sc.py (the run's)")
-    add("--save", metavar="DIR|FILE.npz", help="keep the images drawn from A: PNGs, or ADM's .npz")
+    add("--save", metavar="DIR", help="keep the images drawn from A, as PNGs in a new folder")
     add("--batch", type=int, default=64, help="images at a time (64; fewer are drawn more slowly)")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto")
     add("--data_dir", help="data sets, Inception, caches (checkpoint A's, else data)")
     add("--detector", choices=("inception", "tiny"), default="inception",
         help="tiny: a small classifier, trained on the reference; gives FD-tiny, which is not FID")
     add("--inception", metavar="FILE", help="its weights (in --data_dir, else downloaded)")
-    add("--resize", choices=("torch", "tensorflow"), default="torch",
-        help="before Inception, as pytorch-fid | as torch-fidelity and ADM's evaluator")
-    add("--save_stats", "--save-stats", action="store_true",
-        help="write mean and covariance of A to B, a new .npz; no distance is computed")
+    add("--resize", choices=("torch", "tensorflow"), default="torch", help="as pytorch-fid | ADM's")
     add("--json", metavar="FILE", help="write the result and its protocol")
     args = parser.parse_args(argv)
-    drawn = args.A.endswith(".pt") or str(args.B).endswith(".pt")
-    for name in ("n", "seed", "weights", "nfe", "guidance", "amp", "vae", "save"):
-        if getattr(args, name) is not None and not drawn:
-            fail(f"--{name} does nothing without a checkpoint")
-    if args.save_stats and (not str(args.B).endswith(".npz") or Path(args.B).exists()):
-        fail(f"--save_stats {args.A} {args.B}: the second must be a new file, ending in .npz")
     if not args.B and not args.A.endswith(".pt"):
         fail(f"compare {args.A} with what? B may be left out after a checkpoint only")
-    if args.save and Path(args.save).exists():
-        fail(f"--save {args.save}: exists already")
     args.n = args.n or (1000 if args.detector == "tiny" else 50000)
-    args.seed, args.weights = args.seed or 0, args.weights or "ema"
     return args
 
 
 def start(word):
     """The device of this process. Joins the other processes, if torchrun started several."""
     if word == "auto":
-        mps = torch.backends.mps.is_available()
-        word = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        word = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if word != "cpu" and LOCAL_RANK >= getattr(torch, word).device_count():
         raise UserError(f"--device {word}: this machine has none for process {LOCAL_RANK + 1}")
     if WORLD > 1 and "MASTER_ADDR" not in os.environ:
@@ -681,9 +609,7 @@ def main(argv=None):
         result = evaluate(args, start(args.device))
         if RANK == 0:
             report(result, args.json)
-    except (OSError, ValueError) as error:      # each script has a UserError of its own
-        if type(error).__name__ != "UserError" and not isinstance(error, OSError):
-            raise
+    except (OSError, UserError, *[script.UserError for script in SCRIPTS.values()]) as error:
         fail(error)
 
 

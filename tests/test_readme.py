@@ -59,7 +59,7 @@ def test_commands_parse(command):
     if words[at].endswith("_sc.py"):
         given, args = module.parse_command_line(arguments)
         assert args.sample or module.make_config(**given)
-    else:                                                       # which say --save_stats as here
+    else:
         text = (ROOT / words[at]).read_text()
         for word in arguments:
             if word.startswith("--") and "--script" not in arguments:
