@@ -399,7 +399,8 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
     v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
     # Twice as large, an image has its middle half a pixel before the map's.
     up, down = resampling(S, x.device)
-    canvas, source, half = down.shape[1], up.shape[0], torch.full((2, 1), 0.5)
+    canvas, source = down.shape[1], up.shape[0]                     # pixels a side
+    half = torch.full((2, 1), 0.5)
     offset = (M @ half + 2 * v - half) * (2 / source)               # grid_sample: -1 to 1
     theta = torch.cat([M * (canvas / source), offset], dim=2).to(x.device, non_blocking=True)
     grid = F.affine_grid(theta, (len(x), 1, canvas, canvas), align_corners=False)
@@ -563,6 +564,11 @@ def schedule(cfg, step, total, N):
     return min(1, up, down)
 
 
+def due(every, epoch, before, last):
+    """Whether a file that comes every so many epochs comes now, as an epoch or the run ends."""
+    return every and (last or epoch // every > before // every)
+
+
 def make_parts(cfg, device):
     """Student, teacher (its average over the steps), optimizer and scaler at the start of a run."""
     torch.manual_seed(cfg.seed)
@@ -581,7 +587,8 @@ def train(cfg):
     Every process draws the random numbers of the *global* batch from (seed, step) and uses its own
     rows of them: so a resumed run equals an unbroken one, and two processes with 4 images each
     compute what one does with 8 (but for dropout's masks, which each draws for its own images)."""
-    device, diffusion, out, share = start(cfg), Diffusion(cfg), Path(cfg.out), rows_per_pass(cfg)
+    device, diffusion = start(cfg), Diffusion(cfg)
+    out, share = Path(cfg.out), rows_per_pass(cfg)
     with one_process_first():
         images, labels = load_data(cfg, train=True)
     data, N = fingerprint(images, labels), len(images)
@@ -602,13 +609,11 @@ def train(cfg):
 
     own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)   # this process's rows
     batches = read_batches(images, labels, cfg, step, own, device)
-    sums, logged, clock = torch.zeros(2, device=device), step, time.time()
-    saved, stop, caught, before = clock, 0, [0], {}
-    for kind in signal.SIGINT, signal.SIGTERM:                      # Ctrl-C, a scheduler
-        before[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+    sums, logged = torch.zeros(2, device=device), step              # of losses since a log line
+    stop, saved, clock = 0, time.time(), time.time()
     slow = 0.1 if sys.stderr.isatty() else 20                       # seconds between lines of a bar
     bar = tqdm(total=total, initial=step, disable=RANK > 0, mininterval=slow)
-    with open_log(out, step) as log, bar:
+    with open_log(out, step) as log, bar, signals() as caught:
         while step < total and not stop:
             batch, y = next(batches)
             random = draw_random(cfg, diffusion, step, batch.shape[-3:], device)
@@ -634,16 +639,17 @@ def train(cfg):
             update_ema(teacher, student, cfg.ema, step + 1, cfg.ema_ramp)
             step += 1
             bar.update()
-            epoch, old = step * cfg.batch // N, (step - 1) * cfg.batch // N
-            save_due, sample_due = (every and (step == total or epoch // every > old // every)
-                                    for every in (cfg.save_every, cfg.sample_every))
-            keep = save_due or step == total or time.time() - saved > 600
-            if step <= 50 or step % 10 == 0 or keep or (WORLD == 1 and len(caught) > 1):
-                stop = torch.tensor(max(caught), device=device)     # only here the CPU waits
+            epoch, last = step * cfg.batch // N, step == total
+            save_due = due(cfg.save_every, epoch, (step - 1) * cfg.batch // N, last)
+            sample_due = due(cfg.sample_every, epoch, (step - 1) * cfg.batch // N, last)
+            keep = save_due or last or time.time() - saved > 600    # last.pt: every ten minutes
+            if step <= 50 or step % 10 == 0 or keep or (WORLD == 1 and caught):
+                stop = torch.tensor(max(caught, default=0), device=device)
                 if WORLD > 1:
                     dist.all_reduce(sums)
-                    dist.all_reduce(stop, dist.ReduceOp.MAX)
-                stop, (loss, contrast) = stop.item(), (sums / (step - logged) / WORLD).tolist()
+                    dist.all_reduce(stop, dist.ReduceOp.MAX)        # of one is of all
+                stop = stop.item()                                  # only here the CPU waits
+                loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
                 if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
                     raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
@@ -652,7 +658,8 @@ def train(cfg):
                             lr=group["lr"], grad_norm=norm.item(), images_per_second=speed)
                 print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-                sums, logged, clock = torch.zeros_like(sums), step, time.time()
+                sums.zero_()
+                logged, clock = step, time.time()
             if save_due:
                 save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
             if keep or stop:
@@ -662,8 +669,6 @@ def train(cfg):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
                 if RANK == 0:
                     save_grid(grid, out / f"samples_{epoch:04d}.png")
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
     return stop if step < total else 0
 
 
@@ -683,8 +688,9 @@ def sample(net, cfg, seeds, progress=False):
     seeds, nor of the number of processes, which share the work and all get all images. So the net
     always sees the same number of rows, some of them idle: at other sizes other kernels run, and
     round differently. Sets net.nfe, the mean number of network evaluations per image."""
-    device, C, S = next(net.parameters()).device, DATASETS[cfg.dataset][0], cfg.size
-    images = torch.zeros(len(seeds), C, S, S, dtype=torch.uint8, device=device)
+    device, S = next(net.parameters()).device, cfg.size
+    images = torch.zeros(len(seeds), DATASETS[cfg.dataset][0], S, S, dtype=torch.uint8,
+                         device=device)
     evaluations = torch.zeros(len(seeds), device=device)
     mine, group = list(range(RANK, len(seeds), WORLD)), 64 if device.type == "cuda" else 16
     quiet = None if progress and RANK == 0 else True                # None: unless no terminal
@@ -771,7 +777,8 @@ def draw_glyphs(n, seed):
     for digit, lines in enumerate(DIGITS):
         for line in lines.split():
             x1, y1, x2, y2 = map(int, line)
-            px, py, dx, dy = x[digit::10] - x1, y[digit::10] - y1, x2 - x1, y2 - y1
+            px, py = x[digit::10] - x1, y[digit::10] - y1
+            dx, dy = x2 - x1, y2 - y1
             along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
             off = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
             distance[digit::10] = np.minimum(distance[digit::10], off)
@@ -909,7 +916,8 @@ def list_folders(cfg, train):
         raise UserError(f"{here}: {root} has {there}; --dataset {cfg.dataset} reads train/CLASS "
                         "and val/CLASS, or CLASS alone where no folder is named like a split")
     split, classes = (homes if train else tests)[0], subfolders(homes[0])
-    files, labels, others, seen = [], [], 0, {os.path.realpath(split)}
+    files, labels, others = [], [], 0
+    seen = {os.path.realpath(split)}
     for name in subfolders(split):
         paths = list(walk(split / name, seen))
         pictures = [path for path in paths if path.lower().endswith(KINDS)]
@@ -1091,6 +1099,19 @@ def start(cfg):
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo")
     return device
+
+
+@contextlib.contextmanager
+def signals():
+    """A list of signals that came: Ctrl-C and a scheduler's SIGTERM wait until a step is done."""
+    caught, before = [], {}
+    for kind in signal.SIGINT, signal.SIGTERM:
+        before[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def rows_per_pass(cfg):
