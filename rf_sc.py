@@ -1,9 +1,9 @@
 """DDAE++ with rectified flow and UNets in pixel space, in one file: network, loss, training, data.
 
 Paper     DDAE++ (arXiv 2505.10999v1): Sec. 4.1, Fig. 1(a); Tables 2, 7a, settings in Tables 8-11.
-Idea      A diffusion model learns features that classify well. Hand one back to the layers that
-          decode: f is the best layer's map, averaged over positions; e, which conditions all
-          blocks, becomes e + s(t) W f after it, s(t) a learned vector. [SC] marks the lines.
+Idea      A diffusion model learns features that classify well. DDAE++ hands one back to the layers
+          that decode: f is the best layer's map, averaged over positions. After that layer e, which
+          conditions all blocks, becomes e + s(t) W f; s(t) is a learned vector. [SC] marks it.
 Cost      460,288 parameters (1.3 % of ddpm, 0.8 % of ddpmpp), 1 to 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps             Eq. (1), alpha = 1 - t, sigma = t; t in [0, 1]
           loss = || v_theta(x_t, t) - (eps - x_0) ||^2      the velocity dx_t / dt
@@ -25,7 +25,7 @@ import hashlib, http.client, inspect, json, math, os, re, signal, sys, tarfile, 
 import urllib.request, zipfile, zlib
 from pathlib import Path
 
-# Idle OpenMP threads are to sleep: spinning, they starve beside another busy process.
+# OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
@@ -48,17 +48,17 @@ class Config:
     init: str = ""               # start from these weights: official, or a checkpoint's ema
     seed: int = 0                # all that is random in a step is a function of (seed, step)
     # network
-    backbone: str = "ddpm"       # one of Network.sizes (Table 9)
+    backbone: str = "ddpm"       # a name in UNet.sizes (Table 9)
     dropout: float = 0.1         # as in the public implementations (Table 8)
     self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
-    layer: str = "out_7"         # of f, which conditions what follows (Table 10)
+    layer: str = "out_7"         # its mean is f, which what follows reads (Table 10)
     t_probe: float = 0.06        # best time for linear probing, and the teacher's (Table 10)
     # optimisation
     epochs: float = 2000         # passes over the training images (Table 11)
     steps: int = 0               # if > 0: optimizer steps, whatever epochs says
     batch: int = 512             # images per optimizer step, of all processes (Table 11)
     accum: int = 1               # forward passes for each process's share of the batch
-    lr: float = 4e-4             # final learning rate, for any number of processes (Table 11)
+    lr: float = 4e-4             # learning rate after warm-up, for any number of processes
     warmup: float = 13.0         # epochs of linear warm-up; constant afterwards (Table 11)
     lr_decay: float = 0.0        # share of the run, at its end, in which the rate falls to 0
     beta1: float = 0.9           # of AdamW
@@ -87,7 +87,7 @@ class Config:
 
 TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=16, lr=2e-3, warmup=0.1, lr_decay=0.9,
                  layer="out_2", cl_hidden=512)
-RECIPES = {  # fields of Config by data set; under a backbone's name those that differ with it
+RECIPES = {  # fields of Config by data set; under a backbone's name, what differs with that one
     "glyphs": dict(TINY_UNET, tol=1e-4, epochs=2.4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
     "cifar10": dict(ddpmpp=dict(batch=256, layer="out_8")),
@@ -113,8 +113,9 @@ class TimeEmbedding(nn.Module):
         self.lin2 = nn.Linear(E, E)
 
     def forward(self, c_noise, aug=None):
+        # Frequencies from 1 to 1 / 10000.
         powers = torch.arange(self.frequencies, device=c_noise.device) / (self.frequencies - 1)
-        angles = c_noise.float()[:, None] * torch.exp(-math.log(10000) * powers)    # 1 to 1/10000
+        angles = c_noise.float()[:, None] * torch.exp(-math.log(10000) * powers)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
         if aug is not None and hasattr(self, "aug_emb"):
             waves = waves + self.aug_emb(aug)
@@ -134,7 +135,7 @@ class ResBlock(nn.Module):
         self.norm1 = group_norm(C_in)
         self.resize = resize
         self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
-        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(E, C_out))
+        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(E, C_out))   # the public name: of e
         self.norm2 = group_norm(C_out)
         self.conv2 = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(C_out, C_out, 3, padding=1))
         self.shortcut = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
@@ -234,7 +235,7 @@ class UNet(nn.Module):
                 self.up.append(Resample(width, E, cfg.dropout, up=True, biggan=biggan))
                 side *= 2
         self.blocks = [block for block in self.up if isinstance(block, UNetBlock)]  # out_1, ...
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = nn.GroupNorm(8, width)                      # 8, as in DDAE's code
         self.final = nn.Conv2d(width, C, 3, padding=1)
         self.f_name, self.f_layer = cfg.layer, int(cfg.layer.removeprefix("out_"))      # Table 10
         self.D, self.E = widths[self.f_layer - 1], E            # widths of f and e
@@ -284,7 +285,7 @@ class RF:
     """t in [0, 1], 0 is the data; images are in [-1, 1]."""
     probe_times = (0.01, 0.03, 0.06, 0.1, 0.16, 0.2286)
     t_range = (0, 1)
-    uncertainty = None                              # EDM alone learns weights of the noise levels
+    uncertainty = None                              # EDM alone learns a weight for each noise level
 
     def __init__(self, cfg):
         self.nfe, self.tol = cfg.nfe, cfg.tol
@@ -383,8 +384,9 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is.
-    Columns: flip, which the network is not told; xflip, yflip, scale, rotate, aniso, aniso_angle,
-    translate_x, translate_y, which it is. xflip has probability 1/2, the others cfg.aug each."""
+    Columns: flip, the data's own mirroring (Table 11), which the network is not told; then what it
+    is told: xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y. Each has
+    probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
     n, p = cfg.batch, cfg.aug
 
     def uniform():
@@ -406,7 +408,7 @@ def draw_view(cfg, generator):
     aniso = gated(normal(), p)
     aniso_angle = gated((uniform() * 2 - 1) * math.pi, 0.5)         # 0: along x
     translate_x = gated(normal(), p)
-    translate_y = gated(normal(), 1.0) * (translate_x != 0)         # one gate for both
+    translate_y = normal() * (translate_x != 0)                     # one gate for both
     view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y]
     return torch.stack(view, dim=1).float()
 
@@ -433,11 +435,12 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
     2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by translate * S / 8 pixels."""
     S = x.shape[-1]
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-aniso, aniso], dim=1)))
-    # The output at z shows the input at M z + v; both are (x, y), in pixels from the middle.
+    # The output at z = (x, y), in pixels from the middle, shows the input at M z + v: so M undoes
+    # what was asked for, and stretch shrinks.
     M = rotation(rotate) @ rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
     M = M * 2 ** (-0.2 * scale).view(-1, 1, 1)
     v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
-    # Twice as large, an image has its middle half a pixel before the map's.
+    # SYM6's weight is at its sixth tap of twelve: `up` moves images back by half a (small) pixel.
     up, down = resampling(S, x.device)
     canvas, source = down.shape[1], up.shape[0]                     # pixels a side
     half = torch.full((2, 1), 0.5)
@@ -450,11 +453,10 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
 def make_view(images, view):
     """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and labels aug
     (B, 9), so that the network does not take transformations for traits of the data. Images that
-    are only mirrored are not resampled; as view is on the CPU, no device is waited for."""
+    are only mirrored are not resampled; view is on the CPU, so that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
-    angles = aniso * aniso_angle.cos(), aniso * aniso_angle.sin()
-    aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(), *angles,
-                       move_x, move_y], dim=1)
+    aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
+                       aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
     x_0 = to_float(images)
     for mirrored, axis in (flip, -1), (xflip, -1), (yflip, -2):
         mirrored = mirrored.to(x_0.device, non_blocking=True).view(-1, 1, 1, 1) > 0
@@ -499,8 +501,8 @@ def mlp(*widths):
 
 class Projector(nn.Module):
     """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). Queries come
-    from all times and keys from one. So f is scaled by 1 + s(e), as s(t) scales it for the decoder:
-    a shift would be constant over the keys, and BatchNorm would remove it. e gets no gradient."""
+    from all times and keys from one. So f is scaled by 1 + s(e), s = 0 at first: a shift would be
+    constant over the keys, and BatchNorm would remove it. e gets no gradient."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -511,7 +513,9 @@ class Projector(nn.Module):
             nn.init.zeros_(self.time.bias)
 
     def forward(self, f, e):
-        return self.mlp(f * (1 + self.time(e.detach())) if self.time else f)
+        if self.time:
+            f = f * (1 + self.time(e.detach()))
+        return self.mlp(f)
 
 
 class Student(nn.Module):
@@ -546,7 +550,8 @@ class Student(nn.Module):
         cfg, name = self.net.cfg, self.net.f_name
         t = cfg.t_probe if cfg.cl_target == "probe" else Diffusion.t_range[0]
         f = features(self.net, x_0, t, eps, last=name, aug=aug)[name]
-        c_noise = Diffusion(cfg).inputs(x_0, torch.full((len(x_0),), t, device=x_0.device))[1]
+        t = torch.full((len(x_0),), t, device=x_0.device)
+        c_noise = Diffusion(cfg).inputs(x_0, t)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
         parts = [torch.empty_like(k) for _ in range(WORLD)]
         if WORLD > 1:
@@ -556,7 +561,7 @@ class Student(nn.Module):
 
 def info_nce(q, k, T=0.2):
     """MoCo v3's loss in one of its two directions: each query q (B, D) is to find its image's key
-    among k (B * WORLD, D). T is MoCo v3's for ViTs; 2 T undoes 1 / T in the gradient."""
+    among k (B * WORLD, D). T and the factor 2 T, which undoes 1 / T, are MoCo v3's for ViTs."""
     logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T / T
     own = torch.arange(len(q), device=q.device) + len(q) * RANK
     return 2 * T * F.cross_entropy(logits, own)
@@ -565,21 +570,23 @@ def info_nce(q, k, T=0.2):
 # ---- 6. Training, samples, features --------------------------------------------------------------
 
 def draw_random(cfg, diffusion, step, shape, device):
-    """All that is random in a step, for the global batch of images of `shape` (C, H, W)."""
-    gen, shape = rng(cfg.seed, step, 0, device=device), (cfg.batch, *shape)
-    random = dict(t=diffusion.draw_t(cfg.batch, gen),
-                  eps=torch.randn(shape, generator=gen, device=device),
-                  view=draw_view(cfg, rng(cfg.seed, step, 3)))
+    """All that is random in a step, for the global batch of images of `shape` (C, H, W). The last
+    number tells streams apart: 0 time and noise, 1 order, 2 dropout, 3 and 4 views."""
+    gen = rng(cfg.seed, step, 0, device=device)
+    shape = (cfg.batch, *shape)
+    drawn = dict(t=diffusion.draw_t(cfg.batch, gen),
+                 eps=torch.randn(shape, generator=gen, device=device),
+                 view=draw_view(cfg, rng(cfg.seed, step, 3)))
     if cfg.cl:
-        random["other_view"] = draw_view(cfg, rng(cfg.seed, step, 4))
-        random["other_eps"] = torch.randn(shape, generator=gen, device=device)
-    return random
+        drawn["other_view"] = draw_view(cfg, rng(cfg.seed, step, 4))
+        drawn["other_eps"] = torch.randn(shape, generator=gen, device=device)
+    return drawn
 
 
 def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
                   other_view=None, other_eps=None):
-    """The objective of images (B, ...) with classes y (B,), to be minimised; and for the log, as
-    numbers (2,): the diffusion loss and the contrastive loss."""
+    """Images (B, ...) with classes y (B,) -> the objective to be minimised, and for the log (2,):
+    diffusion loss and contrastive loss."""
     x_0, aug = make_view(images, view)                              # float32, augmented
     x_t = diffusion.add_noise(x_0, t, eps)                          # Eq. (1)
     x_in, c_noise = diffusion.inputs(x_t, t)
@@ -605,7 +612,7 @@ def schedule(cfg, step, total, N):
 
 
 def due(every, epoch, before, last):
-    """Whether a file that comes every so many epochs comes now, as an epoch or the run ends."""
+    """Whether a multiple of `every` epochs was just passed, or the run ends. 0: never."""
     return every and (last or epoch // every > before // every)
 
 
@@ -622,13 +629,13 @@ def make_parts(cfg, device):
 
 
 def train(cfg):
-    """The whole training. Returns 0, or the signal that ended it; the same command goes on there.
+    """The whole training. Returns 0, or the signal that ended it: the same command resumes there.
 
     Every process draws the random numbers of the *global* batch from (seed, step) and uses its own
     rows of them: so a resumed run equals an unbroken one, and two processes with 4 images each
     compute what one does with 8 (but for dropout's masks, which each draws for its own images)."""
     device, diffusion = start(cfg), Diffusion(cfg)
-    out, share = Path(cfg.out), rows_per_pass(cfg)
+    out, per_pass = Path(cfg.out), rows_per_pass(cfg)
     with one_process_first():
         images, labels = load_data(cfg, train=True)
     data, N = fingerprint(images, labels), len(images)
@@ -646,8 +653,7 @@ def train(cfg):
         count = sum(p.numel() for p in student.net.parameters())
         print(f"{cfg.out}: {N} x {tuple(images.shape[1:])}, {count:,} parameters, {WORLD} x "
               f"{device}\n{'resumed at' if step else 'from'} step {step} to {total}", flush=True)
-
-    own = slice(RANK * cfg.accum * share, (RANK + 1) * cfg.accum * share)   # this process's rows
+    own = slice(RANK * cfg.accum * per_pass, (RANK + 1) * cfg.accum * per_pass)     # of a batch
     batches = read_batches(images, labels, cfg, step, own, device)
     sums, logged = torch.zeros(2, device=device), step              # of losses since a log line
     stop, saved, clock = 0, time.time(), time.time()
@@ -656,23 +662,24 @@ def train(cfg):
     with open_log(out, step) as log, bar, signals() as caught:
         while step < total and not stop:
             batch, y = next(batches)
-            random = draw_random(cfg, diffusion, step, batch.shape[-3:], device)
+            drawn = draw_random(cfg, diffusion, step, batch.shape[-3:], device)
             for i in range(cfg.accum):                              # one forward per backward
-                rows = slice(i * share, (i + 1) * share)            # of what this process reads
-                mine = slice(own.start + rows.start, own.start + rows.stop)     # of the batch
+                part = slice(i * per_pass, (i + 1) * per_pass)      # of this process's images
+                rows = slice(own.start + part.start, own.start + part.stop)     # as in `drawn`
                 if cfg.dropout:
-                    torch.manual_seed(rng(cfg.seed, step, 2, mine.start).initial_seed())
-                wait = WORLD > 1 and i + 1 < cfg.accum              # DDP averages with the last
+                    torch.manual_seed(rng(cfg.seed, step, 2, rows.start).initial_seed())
+                wait = WORLD > 1 and i + 1 < cfg.accum              # DDP averages at the last pass
                 with model.no_sync() if wait else contextlib.nullcontext():
-                    some = {name: values[mine] for name, values in random.items()}
+                    some = {name: values[rows] for name, values in drawn.items()}
                     objective, numbers = training_step(cfg, diffusion, model, teacher,
-                                                       batch[rows], y[rows], **some)
+                                                       batch[part], y[part], **some)
                     scaler.scale(objective / cfg.accum).backward()
                 sums += numbers / cfg.accum
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
+            lr = cfg.lr * schedule(cfg, step, total, N)
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * schedule(cfg, step, total, N)
+                group["lr"] = lr
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -682,20 +689,22 @@ def train(cfg):
             epoch, last = step * cfg.batch // N, step == total
             save_due = due(cfg.save_every, epoch, (step - 1) * cfg.batch // N, last)
             sample_due = due(cfg.sample_every, epoch, (step - 1) * cfg.batch // N, last)
-            keep = save_due or last or time.time() - saved > 600    # last.pt: every ten minutes
-            if step <= 50 or step % 10 == 0 or keep or (WORLD == 1 and caught):
+            now = step <= 50 or step % 10 == 0                      # all processes agree on this
+            keep = save_due or last or (now and time.time() - saved > 600)      # last.pt
+            if now or save_due or last or (WORLD == 1 and caught):
                 stop = torch.tensor(max(caught, default=0), device=device)
                 if WORLD > 1:
                     dist.all_reduce(sums)
-                    dist.all_reduce(stop, dist.ReduceOp.MAX)        # of one is of all
+                    dist.all_reduce(stop, dist.ReduceOp.MAX)        # one's signal stops all
                 stop = stop.item()                                  # only here the CPU waits
                 loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
-                if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
+                broken = not norm.isfinite() and not scaler.is_enabled()    # which skips such steps
+                if broken or not math.isfinite(loss):
                     raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
                                     "is left as last saved; try a lower --lr or --amp off")
                 line = dict(step=step, epoch=step * cfg.batch / N, loss=loss, contrast=contrast,
-                            lr=group["lr"], grad_norm=norm.item(), images_per_second=speed)
+                            lr=lr, grad_norm=norm.item(), images_per_second=speed)
                 print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
                 sums.zero_()
@@ -707,8 +716,7 @@ def train(cfg):
                 saved = time.time()
             if sample_due:
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
-                if RANK == 0:
-                    save_grid(grid, out / f"samples_{epoch:04d}.png")
+                save_grid(grid, out / f"samples_{epoch:04d}.png")
     return stop if step < total else 0
 
 
@@ -732,8 +740,9 @@ def sample(net, cfg, seeds, progress=False):
     images = torch.zeros(len(seeds), DATASETS[cfg.dataset][0], S, S, dtype=torch.uint8,
                          device=device)
     evaluations = torch.zeros(len(seeds), device=device)
-    mine, group = list(range(RANK, len(seeds), WORLD)), 64 if device.type == "cuda" else 16
-    quiet = None if progress and RANK == 0 else True                # None: unless no terminal
+    mine = list(range(RANK, len(seeds), WORLD))
+    group = 64 if device.type == "cuda" else 16                     # seeds at a time
+    quiet = None if progress and RANK == 0 else True                # None: on terminals
     for i in tqdm(range(0, len(mine), group), desc=f"sampling {group} at a time", disable=quiet):
         rows = mine[i:i + group]
         idle = [0] * (group - len(rows))
@@ -754,8 +763,9 @@ class Found(Exception):
 @torch.no_grad()
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`. With place (B,) in [0, 1) also token_k: one position's. Hooks
-    read them, so that `forward` knows nothing of it. The network is not told classes."""
+    number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
+    token_k: one position's. Hooks read them, so that `forward` need not return all of them. The
+    network is not told classes."""
     found = {}
 
     def reader(k):
@@ -1285,7 +1295,8 @@ def save_grid(images, path, columns=10):
     white = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
     rows = torch.cat([images, white]).unflatten(0, (-1, columns))   # (rows, columns, 3, H, W)
     grid = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    Image.fromarray(grid.contiguous().numpy()).save(path)
+    if RANK == 0:
+        Image.fromarray(grid.contiguous().numpy()).save(path)
 
 
 # ---- 9. Settings, weights, command line ----------------------------------------------------------
@@ -1418,8 +1429,8 @@ def sample_command(given, args):
     words = [f"{name}_{value}" for name, value in given.items() if name not in (*FREE, "seed")]
     words.append(f"seeds{cfg.seed}-{cfg.seed + args.n - 1}.png")
     path = f"{Path(args.sample).with_suffix('')}_{'_'.join(words)}"
+    save_grid(images, path)
     if RANK == 0:
-        save_grid(images, path)
         print(f"{path}: {args.n} images from the ema weights, {net.nfe:g} network evaluations each")
 
 

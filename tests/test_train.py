@@ -128,7 +128,7 @@ TWICE = {   # a run's name: script, fields; on one process here, and on two
     "contrast": ("edm_sc", dict(steps=1, aug=0.5, cl=0.1)),
 }
 ON_TWO = """
-import os, signal, sys
+import os, signal, sys, time
 from conftest import *
 out = Path(sys.argv[1])
 for run, (name, fields) in RUNS.items():
@@ -144,6 +144,14 @@ def interrupted(*args):
     return update_ema(*args)
 script.update_ema = interrupted
 status = script.train(small_config(script, out=str(out / "left"), steps=9))
+
+clock, late = time.time, [0]                # ten minutes pass for the second process alone
+def late_after_53(*args):
+    late[0] = 700 * (script.RANK == 1 and args[3] >= 53)
+    return update_ema(*args)
+script.update_ema, time.time = late_after_53, lambda: clock() + late[0]
+script.train(small_config(script, out=str(out / "late"), steps=56))
+time.time = clock
 try:
     script.train(small_config(script, out=str(out / "odd"), batch=9))
 except script.UserError as error:
@@ -199,7 +207,7 @@ def test_processes_agree_on_gradients(two, tmp_path, monkeypatch):
 
 def test_processes_act_as_one(two):
     """Images are those of one process, pixel by pixel, and each process has them all; they leave
-    together; a batch that does not divide is refused. The files are written once."""
+    together, and log and save together though their clocks differ; a batch that does not divide is refused. The files are written once."""
     script = load("rf_sc")
     net = small_net(script, nfe=4)
     images = script.sample(net, net.cfg, range(5, 18))
@@ -208,6 +216,7 @@ def test_processes_act_as_one(two):
         assert torch.equal(drawn, images) and nfe == net.nfe == 4
         assert status == signal.SIGTERM and "--batch 9 does not divide by 2 processes" in said
     assert final(two / "left")["step"] == len(log(two / "left")) == 3
+    assert [line["step"] for line in log(two / "late")] == [*range(1, 51), 56]
     assert not list(two.rglob("*.part"))
 
 
