@@ -17,7 +17,7 @@ Run       python dit_latent_sc.py                                        # glyph
           torchrun ... dit_latent_sc.py --dataset imagenet100 --self_cond none        # baseline
           python dit_latent_sc.py --sample runs/.../last.pt --guidance 1.5            # images
 Expect    Table 6 (ImageNet, 90 epochs, baseline in brackets): unconditional FID 28.85, accuracy
-          64.42 % (29.69, 63.25 %); conditional 15.30, 62.46 % (16.01, 62.03 %).
+          64.42 % (29.69, 63.25 %); conditional, not guided, 15.30, 62.46 % (16.01, 62.03 %).
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, hashlib
 import http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request, zlib
@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -39,7 +40,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     """Every field is a command-line flag and its comment the help text."""
-    dataset: str = "glyphs"      # a name in RECIPES: glyphs, cifar100, folder, ...
+    dataset: str = "glyphs"      # a name in RECIPES: glyphs, imagenet, folder, ...
     data_dir: str = "data"       # downloads go here; files and class folders found here are used
     size: int = 0                # pixels a side; 0: the data set's own, 256 for folders
     tokenizer: str = "vavae"     # makes latents | unshuffle: without parameters, for trials
@@ -60,7 +61,7 @@ class Config:
     epochs: float = 1000         # passes over the training images (Table 11)
     steps: int = 0               # if > 0: optimizer steps, whatever epochs says
     batch: int = 1024            # images per optimizer step, of all processes (Table 11)
-    accum: int = 1               # forward passes for each process's share of the batch
+    accum: int = 1               # forward passes for a process's share; each has its own negatives
     lr: float = 2e-4             # learning rate after warm-up, for any number of processes
     warmup: float = 0.0          # epochs of linear warm-up; constant afterwards (Table 11)
     lr_decay: float = 0.0        # share of the run, at its end, in which the rate falls to 0
@@ -208,6 +209,7 @@ class DiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         (depth, D, heads), (C, S, _) = self.sizes[cfg.backbone], latent_shape(cfg)
         self.shape, self.D, self.E = (C, S, S), D, D            # of latents; widths of f and e
         self.null = None if cfg.uncond else count_classes(cfg)  # one class more: not told
@@ -479,8 +481,8 @@ def info_nce(q, k, T=0.2):
 # ---- 6. Training, samples, features --------------------------------------------------------------
 
 def draw_random(cfg, diffusion, step, shape, device):
-    """All that is random in a step, for the global batch of images of `shape` (C, H, W). The last
-    number tells streams apart: 0 time and noise, 1 order, 2 dropout, 3 and 4 views."""
+    """Times, noise and views of a step, for the global batch of images of `shape` (C, H, W). The
+    third number tells streams apart: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
     gen = rng(cfg.seed, step, 0, device=device)
     shape = (cfg.batch, *shape)
     drawn = dict(t=diffusion.draw_t(cfg.batch, gen),
@@ -548,7 +550,7 @@ def train(cfg):
     with one_process_first():
         images, labels = load_data(cfg, train=True)
     data, N = fingerprint(images, labels), len(images)
-    if images.nbytes < 4e9:                                         # ImageNet100 at 64 x 64: 1.6 GB
+    if images.nbytes < 4e9:         # ImageNet-100: 64 x 64 pixels 1.6 GB; latents, 4.2 GB, stay
         images = images.to(device)
     total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
     student, teacher, optimizer, scaler = make_parts(cfg, device)
@@ -605,7 +607,7 @@ def train(cfg):
                 if WORLD > 1:
                     dist.all_reduce(sums)
                     dist.all_reduce(stop, dist.ReduceOp.MAX)        # one's signal stops all
-                stop = stop.item()                                  # only here the CPU waits
+                stop = stop.item()                                  # here the CPU waits for the GPU
                 loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
                 broken = not norm.isfinite() and not scaler.is_enabled()    # which skips such steps
@@ -1132,6 +1134,7 @@ def encode(cfg, train, device):
             facts.update(channel_statistics(cfg, read, N, batch, pool, device))
         else:
             facts.update((k, read_facts(latents_path(cfg, True))[k]) for k in ("mean", "std"))
+        write_facts(part, facts)                                    # first: `done` is 0 again
         part.write_bytes(b"")
     mean, std = (torch.tensor(facts[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
     with pool, open(part, "r+b") as file, tqdm(total=N, initial=facts["done"], disable=None) as bar:
@@ -1496,9 +1499,7 @@ layers, choices, from_official = dit_layers, dit_choices, dit_from_official
 
 def build_net(cfg):
     """The network of a config in float32 on the CPU, weights from torch's global generator."""
-    net = Network(cfg)
-    net.cfg = cfg
-    return net
+    return Network(cfg)
 
 
 def load_weights(net, path, weights="ema", start=False):

@@ -158,11 +158,13 @@ dit.encode(cfg, True, dit.torch.device("cpu"))
 """
 
 
-@pytest.mark.parametrize("end", ["kill", "other", 2, 3, 5])
+@pytest.mark.parametrize("end", ["kill", "other", "lost", 2, 3, 5])
 def test_encoding_goes_on(cfg, tmp_path, monkeypatch, end):
     """Killed after three batches for the statistics and one for the file, with half a batch behind
-    it; begun with other pictures; or interrupted: the files end up the same, byte by byte."""
+    it; begun with other pictures; its file lost, then interrupted before the next batch; or
+    interrupted: the files end up the same, byte by byte."""
     whole, work, calls = encoded(cfg), dit.to_latents, []
+    origin = json.loads(whole[dit.latents_path(cfg, True).with_suffix(".latents.json")])["origin"]
     for path in whole:
         path.unlink()
     part = Path(f"{dit.latents_path(cfg, True)}.part")
@@ -175,6 +177,10 @@ def test_encoding_goes_on(cfg, tmp_path, monkeypatch, end):
         part.write_bytes(b"begun")
         dit.write_facts(part, dict(origin=dict(images="other"), done=9, bad={}))
     else:
+        if end == "lost":       # the facts of a part that is gone must not survive it
+            dit.write_facts(part, dict(origin=origin, done=1000, bad={}, mean=[0], std=[1]))
+            end = 3
+
         def to_latents(*args):
             calls.append(1)
             if len(calls) > end:

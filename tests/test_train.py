@@ -207,7 +207,8 @@ def test_processes_agree_on_gradients(two, tmp_path, monkeypatch):
 
 def test_processes_act_as_one(two):
     """Images are those of one process, pixel by pixel, and each process has them all; they leave
-    together, and log and save together though their clocks differ; a batch that does not divide is refused. The files are written once."""
+    together, and log together though their clocks differ; a batch that does not divide is refused.
+    The files are written once."""
     script = load("rf_sc")
     net = small_net(script, nfe=4)
     images = script.sample(net, net.cfg, range(5, 18))
