@@ -1,8 +1,10 @@
 """README and the pages behind it: commands parse, quotations and names exist, links lead on."""
 import functools
 import importlib
+import json
 import re
 import shlex
+import statistics
 
 import pytest
 
@@ -114,3 +116,20 @@ def test_map_of_the_paper():
             functools.reduce(getattr, match[2].split("."), importlib.import_module(match[1]))
         elif code.startswith("--"):
             assert code.split()[0][2:] in flags, code
+
+
+def test_tables_are_those_of_the_results():
+    """A row with four plain values has loss, probe, ridge and FD-tiny, over the seeds of its run."""
+    results = {}
+    for file in (ROOT / "docs/results").glob("*.jsonl"):
+        for run in map(json.loads, file.read_text().splitlines()):
+            results.setdefault(run["name"], []).append(run)
+    rows = re.findall(r"^\| `([^`]+)` (\|.*)", PAGES["evidence.md"], re.M)
+    rows = [(name, re.findall(r"\| ([\d.]+) ± ([\d.]+) ", line)) for name, line in rows]
+    rows = [(name, values) for name, values in rows if len(values) == 4]
+    for name, values in rows:
+        for key, value in zip(("loss", "accuracy", "ridge", "fd_tiny"), values):
+            numbers, digits = [run[key] for run in results[name]], 5 if key == "loss" else 2
+            found = statistics.mean(numbers), statistics.stdev(numbers)
+            assert [f"{number:.{digits}f}" for number in found] == list(value), (name, key)
+    assert len(rows) > 50
