@@ -89,7 +89,7 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png, 0: never
 
 
-TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=1.5e-3, warmup=0.1,
+TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=8e-4, warmup=0.1,
                  lr_decay=0.5, beta1=0.9, layer="out_1", cl_hidden=512, nfe=50)
 RECIPES = {  # fields of Config by data set
     "glyphs": dict(TINY_UVIT, epochs=5.5, flip=False, save_every=1, sample_every=4),
