@@ -55,7 +55,7 @@ class Config:
     uncond: bool = False         # do not tell the network the classes (Tables 5 and 6)
     class_drop: float = 0.1      # probability with which a class is hidden, for guidance
     self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
-    layer: str = "block_8"       # its mean is f, which what follows reads (Table 10)
+    layer: str = "block_8"       # its mean is f; later layers read it (Table 10)
     t_probe: float = 0.25        # best time for linear probing, and the teacher's (Table 10)
     # optimisation
     epochs: float = 1000         # passes over the training images (Table 11)
@@ -610,7 +610,7 @@ def train(cfg):
                 stop = stop.item()                                  # here the CPU waits for the GPU
                 loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
-                broken = not norm.isfinite() and not scaler.is_enabled()    # which skips such steps
+                broken = not norm.isfinite() and not scaler.is_enabled()    # a scaler skips it
                 if broken or not math.isfinite(loss):
                     raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
                                     "is left as last saved; try a lower --lr or --amp off")

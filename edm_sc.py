@@ -52,7 +52,7 @@ class Config:
     backbone: str = "ddpm"       # a name in UNet.sizes (Table 9)
     dropout: float = 0.13        # as in the public implementations (Table 8)
     self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
-    layer: str = "out_7"         # its mean is f, which what follows reads (Table 10)
+    layer: str = "out_7"         # its mean is f; later layers read it (Table 10)
     t_probe: float = 0.06        # best time for linear probing, and the teacher's (Table 10)
     # optimisation
     epochs: float = 2000         # passes over the training images (Table 11)
@@ -135,7 +135,7 @@ class ResBlock(nn.Module):
         self.norm1 = group_norm(C_in)
         self.resize = resize
         self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
-        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(E, C_out))   # the public name: of e
+        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(E, C_out))   # acts on e; public name
         self.norm2 = group_norm(C_out)
         self.conv2 = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(C_out, C_out, 3, padding=1))
         self.shortcut = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
@@ -686,7 +686,7 @@ def train(cfg):
                 stop = stop.item()                                  # here the CPU waits for the GPU
                 loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
-                broken = not norm.isfinite() and not scaler.is_enabled()    # which skips such steps
+                broken = not norm.isfinite() and not scaler.is_enabled()    # a scaler skips it
                 if broken or not math.isfinite(loss):
                     raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
                                     "is left as last saved; try a lower --lr or --amp off")

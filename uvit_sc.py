@@ -620,7 +620,7 @@ def train(cfg):
                 stop = stop.item()                                  # here the CPU waits for the GPU
                 loss, contrast = (sums / (step - logged) / WORLD).tolist()
                 speed = (step - logged) * cfg.batch / (time.time() - clock)
-                broken = not norm.isfinite() and not scaler.is_enabled()    # which skips such steps
+                broken = not norm.isfinite() and not scaler.is_enabled()    # a scaler skips it
                 if broken or not math.isfinite(loss):
                     raise UserError(f"the loss or a gradient is not finite at step {step}; {out} "
                                     "is left as last saved; try a lower --lr or --amp off")
