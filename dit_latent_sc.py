@@ -1204,7 +1204,7 @@ def read_ahead(images, labels, cfg, step, own, device):
     would nearly halve the speed: two teams of OpenMP threads do not fit the cores."""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
-        batch = images[rows.to(images.device)]
+        batch = images[rows.to(images.device, non_blocking=True)]
         wait = device.type == "cuda" and not batch.is_cuda
         return batch.pin_memory() if wait else batch, labels[rows]
 

@@ -1083,7 +1083,9 @@ def read_batches(images, labels, cfg, step, own, device):
     while True:
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         batch = images[rows.to(images.device, non_blocking=True)]
-        yield batch.to(device), labels[rows].to(device, non_blocking=True)
+        if device.type == "cuda" and not batch.is_cuda:
+            batch = batch.pin_memory()                              # else the CPU waits for a copy
+        yield batch.to(device, non_blocking=True), labels[rows].to(device, non_blocking=True)
         step += 1
 
 

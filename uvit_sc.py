@@ -262,8 +262,8 @@ class DDPM:
 
     def add_noise(self, x_0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps, Eq. (1). x_0 and eps (B, C, H, W), t (B,)."""
-        alpha = self.alpha.to(t.device)[t.long()].view(-1, 1, 1, 1)
-        sigma = self.sigma.to(t.device)[t.long()].view(-1, 1, 1, 1)
+        alpha = self.alpha.to(t.device, non_blocking=True)[t.long()].view(-1, 1, 1, 1)
+        sigma = self.sigma.to(t.device, non_blocking=True)[t.long()].view(-1, 1, 1, 1)
         return alpha * x_0 + sigma * eps
 
     def inputs(self, x_t, t):
@@ -1017,7 +1017,9 @@ def read_batches(images, labels, cfg, step, own, device):
     while True:
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         batch = images[rows.to(images.device, non_blocking=True)]
-        yield batch.to(device), labels[rows].to(device, non_blocking=True)
+        if device.type == "cuda" and not batch.is_cuda:
+            batch = batch.pin_memory()                              # else the CPU waits for a copy
+        yield batch.to(device, non_blocking=True), labels[rows].to(device, non_blocking=True)
         step += 1
 
 

@@ -4,18 +4,28 @@ Steps that are compared run in turns, so that a busy machine disturbs all alike.
 
     python tests/bench.py                                       # all of it: an hour on two cores
     python tests/bench.py --scripts uvit_sc --batch 8 --rounds 3
+
+On a GPU: images/s of the networks of Tables 2 to 6 at the paper's batch, alone, eager and compiled.
+Writes docs/results/gpu-NAME.json, and the tables of all such files into docs/gpu.md.
+
+    python tests/bench.py --device cuda
 """
 import argparse
 import copy
+import dataclasses
 import importlib
+import json
+import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SCRIPTS = ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")
 PAIRS = {       # what is measured: fields of it, and of what it is compared with
     "self-conditioning": ({}, dict(self_cond="none")),
@@ -23,7 +33,28 @@ PAIRS = {       # what is measured: fields of it, and of what it is compared wit
     "augmentation": (dict(aug=0.12), {}),
     "both": (dict(aug=0.12, cl=0.01), {}),
     "bf16": (dict(amp="bf16"), {}),
+    "mask of Fig. 2(b)": (dict(aug=0.12), dict(aug=0.12, aug_mask=0)),      # U-ViT alone
 }
+IMAGES = dict(cifar100=50_000, tiny_imagenet=100_000, imagenet100=126_689, imagenet=1_281_167)
+ROWS = [  # tables, script, data set, fields; CIFAR-10 costs what CIFAR-100 does
+    ("2", "ddpm_sc", "cifar100", {}),
+    ("2", "edm_sc", "cifar100", {}),
+    ("2", "rf_sc", "cifar100", {}),
+    ("2", "edm_sc", "cifar100", dict(backbone="ddpmpp")),
+    ("2", "uvit_sc", "cifar100", {}),
+    ("3", "edm_sc", "cifar100", dict(aug=0.12)),
+    ("3", "edm_sc", "cifar100", dict(aug=0.12, cl=0.01)),
+    ("3", "edm_sc", "cifar100", dict(backbone="ddpmpp", aug=0.12, cl=0.01)),
+    ("3", "uvit_sc", "cifar100", dict(aug=0.12)),
+    ("3", "uvit_sc", "cifar100", dict(aug=0.12, aug_mask=0)),
+    ("3", "uvit_sc", "cifar100", dict(aug=0.12, cl=0.01)),
+    ("4", "edm_sc", "tiny_imagenet", {}),
+    ("4", "uvit_sc", "tiny_imagenet", {}),
+    ("4", "edm_sc", "imagenet100", {}),
+    ("4", "uvit_sc", "imagenet100", {}),
+    ("5", "dit_latent_sc", "imagenet100", {}),
+    ("5, 6", "dit_latent_sc", "imagenet", {}),
+]
 
 
 def in_turns(one, two, rounds):
@@ -40,7 +71,7 @@ def in_turns(one, two, rounds):
     return times[1:]
 
 
-def make_step(script, cfg, device):
+def make_step(script, cfg, device, compiled=False):
     """A function of the number of the step that does what one step of train() does."""
     student = script.Student(script.build_net(cfg), cfg).to(device).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -49,6 +80,8 @@ def make_step(script, cfg, device):
     if script.SCRIPT == "dit_latent_sc":
         images = torch.randn(cfg.batch, 2, *script.latent_shape(cfg)).half()
     images = images.to(device)
+    if compiled:
+        student.net.compile()
     y = torch.arange(cfg.batch, device=device) % 10
 
     def step(n):
@@ -67,6 +100,8 @@ def make_step(script, cfg, device):
 def measure(script, args, device):
     dataset = "cifar10" if "cifar10" in script.RECIPES else "imagenet100"
     for name, fields in PAIRS.items():
+        if "aug_mask" in fields[1] and script.SCRIPT != "uvit_sc":
+            continue
         works = []
         for some in fields:
             cfg = script.make_config(dataset, batch=args.batch, device=args.device, **some)
@@ -76,14 +111,102 @@ def measure(script, args, device):
         print(f"  {name:18} x {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
 
 
+def measure_row(row, args, device, peak):
+    """Whole training steps on random images, in the precision that the script chooses."""
+    table, name, dataset, fields = row
+    script, found = importlib.import_module(name), {}
+    cfg = script.make_config(dataset, device=args.device, **fields)
+    total = cfg.epochs * IMAGES[dataset]
+    cfg.batch = args.batch or cfg.batch // (8 if name == "dit_latent_sc" else 4)    # of one GPU
+    with FlopCounterMode(display=False) as counter:
+        make_step(script, dataclasses.replace(cfg, batch=2), device)(0)
+    gflop = counter.get_total_flops() / 2e9
+    for kind in ("eager", "compiled"):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            step = make_step(script, cfg, device, compiled=kind == "compiled")
+            for n in range(5):                              # compiles, chooses kernels
+                step(n)
+            seconds = []
+            for turn in range(args.rounds):
+                start = time.perf_counter()
+                for n in range(10):
+                    step(n)
+                seconds.append((time.perf_counter() - start) / 10)
+        except torch.OutOfMemoryError:
+            found[kind] = None
+            continue
+        speed = cfg.batch / statistics.median(seconds)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+        found[kind] = dict(images_per_second=speed, tflops=speed * gflop / 1e3, memory_gb=memory,
+                           share=speed * gflop / 1e3 / peak, hours=total / speed / 3600)
+    words = [f"{name}.py --dataset {dataset}", *(f"--{k} {v}" for k, v in fields.items())]
+    return dict(table=table, command=" ".join(words), batch=cfg.batch, gflop=gflop, **found)
+
+
+def matrix_peak(device):
+    """TFLOP/s of a matrix product in bf16, the best of ten."""
+    n, best = 8192 if device.type == "cuda" else 1024, 0
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def measure_gpu(args, device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = matrix_peak(device)
+    result = dict(card=name, torch=torch.__version__, matrix_peak_tflops=peak, rows=[])
+    path = ROOT / "docs/results" / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json"
+    for row in ROWS:
+        if row[1] in args.scripts:
+            result["rows"].append(measure_row(row, args, device, peak))
+            print(json.dumps(result["rows"][-1]), flush=True)
+            path.write_text(json.dumps(result, indent=1))
+    write_tables(ROOT / "docs/gpu.md")
+
+
+def write_tables(page):
+    """A table for each card between the marks of the page."""
+    text = ""
+    for path in sorted((ROOT / "docs/results").glob("gpu-*.json")):
+        card = json.loads(path.read_text())
+        text += (f"\n{card['card']}, torch {card['torch']}, bf16; a matrix product reaches "
+                 f"{card['matrix_peak_tflops']:.0f} TFLOP/s.\n\n| table | command | batch | eager, "
+                 "images/s | compiled | TFLOP/s | of the peak | GB | hours on 1, 4, 8 |\n"
+                 + "|---" * 9 + "|\n")
+        for row in card["rows"]:
+            best = row["compiled"] or row["eager"]
+            speeds = [f"{row[kind]['images_per_second']:,.0f}" if row[kind] else "no room"
+                      for kind in ("eager", "compiled")]
+            cells = [row["table"], f"`{row['command']}`", str(row["batch"]), *speeds]
+            if best:
+                hours = ", ".join(f"{best['hours'] / n:.0f}" for n in (1, 4, 8))
+                cells += [f"{best['tflops']:.1f}", f"{best['share']:.0%}",
+                          f"{best['memory_gb']:.1f}", hours]
+            text += f"| {' | '.join(cells)} |\n"
+    start, end = "<!-- measured -->\n", "<!-- end -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(before + start + (text or "\nNo card yet.\n") + "\n" + end + rest.split(end)[1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="*", default=SCRIPTS)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="16; on a GPU the paper's share of one of 4 or 8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.device not in ("auto", "cpu"):
+        return measure_gpu(args, torch.device(args.device))
+    args.batch = args.batch or 16
     for name in args.scripts:
         script = importlib.import_module(name)
         device = script.start(script.make_config(device=args.device))

@@ -228,6 +228,9 @@ def photos(tmp_path_factory):
 
 # ---- pytest --------------------------------------------------------------------------------------
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="only what is marked slow")
 

@@ -101,6 +101,13 @@ def test_python_blocks_are_python():
             compile(block, "README.md", "exec")
 
 
+def test_gpu_page_has_the_measured_tables(tmp_path):
+    page = tmp_path / "gpu.md"
+    page.write_text(PAGES["gpu.md"])
+    importlib.import_module("bench").write_tables(page)
+    assert page.read_text() == PAGES["gpu.md"]
+
+
 def test_map_of_the_paper():
     """Every equation, table and figure has a place, and what is named there exists."""
     section = re.search(r"## Where the paper is\n(.*?)\n## ", README, re.S)[1]

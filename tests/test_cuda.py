@@ -1,0 +1,168 @@
+"""What runs on a GPU is what runs on a CPU. Collected only where there is a GPU (conftest.py):
+
+    python -m pytest -q -s tests/test_cuda.py           # -s shows the peak of memory of each test
+
+Small networks on random data; two processes over NCCL where there are two GPUs.
+"""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fid
+import probe
+from conftest import (final, finish, launch, load, log, losses, only, random_data, small_config,
+                      small_net, use_random_data)
+
+DEVICE = "cuda"
+gpus = torch.cuda.device_count()
+
+
+@pytest.fixture(autouse=True)
+def exact_and_measured(request):
+    """Float32 products with all their bits; after the test, the peak of memory."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    print(f" {request.node.name}: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
+
+
+@pytest.fixture
+def on_gpu(script, config, monkeypatch):
+    """Trains on a device, by default the GPU, with random numbers of the CPU, and returns the
+    losses. A GPU's generator has another stream: `real=True` leaves it."""
+    draw_random, build_net = script.draw_random, script.build_net
+
+    def drawn(cfg, diffusion, step, shape, device):
+        numbers = draw_random(cfg, diffusion, step, shape, torch.device("cpu"))
+        return {k: v if k.endswith("view") else v.to(device) for k, v in numbers.items()}
+
+    def louder(cfg):                                    # every weight matters
+        net = build_net(cfg)
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p), alpha=0.05)
+        return net
+
+    def train(out, device=DEVICE, real=False, **fields):
+        monkeypatch.setattr(script, "draw_random", draw_random if real else drawn)
+        monkeypatch.setattr(script, "build_net", louder)
+        cfg = config(device=device, **fields)
+        cfg.out = f"{cfg.out}-{out}"
+        assert script.train(cfg) == 0
+        return losses(cfg.out), cfg
+    return train
+
+
+@pytest.mark.parametrize("fields", [{}, dict(aug=0.5, cl=0.1)], ids=["plain", "aug-cl"])
+def test_losses_are_those_of_a_cpu(on_gpu, fields):
+    here, cfg = on_gpu("cpu", device="cpu", steps=20, **fields)
+    there, _ = on_gpu("gpu", steps=20, **fields)
+    assert there == pytest.approx(here, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_learns(on_gpu, amp):
+    found, cfg = on_gpu(amp, real=True, amp=amp, steps=80)
+    assert sum(found[-10:]) < 0.97 * sum(found[:10])
+    assert all(line["grad_norm"] < 1e4 for line in log(cfg.out)[20:])   # fp16's first may overflow
+
+
+@only("edm_sc", "uvit_sc", "dit_latent_sc")
+def test_compiled_equals_eager(on_gpu):
+    eager, _ = on_gpu("eager", steps=5, cl=0.1)
+    compiled, cfg = on_gpu("compiled", steps=5, cl=0.1, compile=True)
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert not any("_orig_mod" in name for name in final(cfg.out)["model"])
+
+
+def test_a_step_waits_for_nothing(script, config):
+    """Between log lines the CPU only hands out work: a copy from the GPU or a blocking one to it
+    would be an error here. fp16 is left out, as its scaler has to look at the gradients."""
+    cfg = config(device=DEVICE, aug=0.5, cl=0.1, amp="off")
+    device, diffusion = script.start(cfg), script.Diffusion(cfg)
+    images, labels = (x.to(device) for x in random_data(script))
+    student, teacher, optimizer, scaler = script.make_parts(cfg, device)
+
+    def step(n):
+        drawn = script.draw_random(cfg, diffusion, n, images.shape[-3:], device)
+        objective, _ = script.training_step(cfg, diffusion, student, teacher, images[:8],
+                                            labels[:8], **drawn)
+        scaler.scale(objective).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        script.update_ema(teacher, student, cfg.ema, n + 1)
+
+    step(0)                                             # what is kept from then on is made here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for n in range(1, 6):
+            step(n)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_images_depend_on_their_seeds_alone(script):
+    """Bit for bit on the same GPU; and but for rounding those of a CPU, as noise is the CPU's."""
+    net = small_net(script, nfe=5)
+    here = script.sample(net, net.cfg, range(4, 9)).int()
+    net = net.to(DEVICE)
+    some, one = script.sample(net, net.cfg, range(4, 9)), script.sample(net, net.cfg, [6])
+    assert torch.equal(some[2], one[0])
+    off = (some.int() - here).abs()
+    assert off.max() <= 3 and (off > 0).float().mean() < 0.05
+
+
+@only("edm_sc", "uvit_sc", "dit_latent_sc")
+def test_resume(on_gpu, script):
+    """5 + 5 steps are 10; to rounding, as sums by atomic additions come in any order."""
+    whole, _ = on_gpu("whole", real=True, steps=10, dropout=0.1, aug=0.5, cl=0.01)
+    _, cfg = on_gpu("halves", real=True, steps=5, dropout=0.1, aug=0.5, cl=0.01)
+    script.train(dataclasses.replace(cfg, steps=10))
+    assert losses(cfg.out) == pytest.approx(whole, rel=1e-3)
+
+
+def test_probe_and_fid(on_gpu, tmp_path, monkeypatch):
+    """Of a checkpoint: on the GPU what comes on a CPU, but for what rounding does to two epochs of
+    Adam and to images."""
+    _, cfg = on_gpu("run", steps=5)
+    monkeypatch.chdir(tmp_path)                         # the small detector is kept in data/
+    for device in ("cpu", DEVICE):
+        words = [f"{cfg.out}/last.pt", "--device", device]
+        probe.main([*words, "--epochs", "2", "--out", device])
+        fid.main([*words, "--detector", "tiny", "--n", "40", "--json", f"{device}/fid.json"])
+    here, there = (json.loads((tmp_path / device / "probe.json").read_text())
+                   for device in ("cpu", DEVICE))
+    assert there["ridge"] == pytest.approx(here["ridge"], abs=5)
+    here, there = (json.loads((tmp_path / device / "fid.json").read_text())
+                   for device in ("cpu", DEVICE))
+    assert there["value"] == pytest.approx(here["value"], rel=1e-2)
+
+
+def test_distance_is_that_of_a_cpu():
+    """FID of the same images in Inception's features, with weights at random."""
+    torch.manual_seed(0)
+    net, found = fid.Inception().eval(), []
+    images = torch.randint(0, 256, (2, 24, 3, 32, 32), dtype=torch.uint8)
+    images[1] //= 2
+    for device in (torch.device("cpu"), torch.device(DEVICE)):
+        sides = [fid.Side("images", 24, {}, lambda batch, x=x: [(0, x)]) for x in images]
+        (a, _), (b, _) = (fid.measure(side, net.to(device), device, 24) for side in sides)
+        found.append(fid.frechet_distance(*a, *b))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.skipif(gpus < 2, reason="two GPUs")
+@only("edm_sc", "uvit_sc")
+def test_two_processes(script, tmp_path):
+    """Over NCCL, what one process computes. To 1e-2, as convolutions of 16 and 8 images use TF32."""
+    fields = ["--steps", "20", "--aug", "0.5", "--cl", "0.01", "--amp", "off", "--batch", "16",
+              "--sample_every", "0", "--save_every", "0"]
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        status, _, err = finish(launch(script.SCRIPT, [*fields, "--out", out], processes=n), 300)
+        assert status == 0, err[-2000:]
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-2)
