@@ -345,7 +345,7 @@ class LatentRF:
         return x, self.nfe
 
 
-Network, Diffusion = DiT, LatentRF
+Network, build_net, Diffusion = DiT, DiT, LatentRF
 
 
 # ---- 4. Views: the mirrored latent, and a shifted crop of it -------------------------------------
@@ -1495,11 +1495,6 @@ def dit_from_official(net, state):
 
 
 layers, choices, from_official = dit_layers, dit_choices, dit_from_official
-
-
-def build_net(cfg):
-    """The network of a config in float32 on the CPU, weights from torch's global generator."""
-    return Network(cfg)
 
 
 def load_weights(net, path, weights="ema", start=False):

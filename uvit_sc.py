@@ -19,8 +19,7 @@ Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (ba
           CIFAR-10 4.13, 94.30 % (4.48, 93.67 %); CIFAR-100 7.14, 72.04 % (7.35, 70.66 %)
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
-import hashlib, http.client, inspect, json, math, os, re, signal, sys, tarfile, time
-import urllib.request, zipfile, zlib
+import hashlib, inspect, json, math, os, re, signal, sys, tarfile, time, zipfile, zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -89,10 +88,10 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png, 0: never
 
 
-TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=32, lr=8e-4, warmup=0.1,
+TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=16, lr=6e-4, warmup=0.1,
                  lr_decay=0.5, beta1=0.9, layer="out_1", cl_hidden=512, nfe=50)
 RECIPES = {  # fields of Config by data set
-    "glyphs": dict(TINY_UVIT, epochs=5.5, flip=False, save_every=1, sample_every=4),
+    "glyphs": dict(TINY_UVIT, epochs=9, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UVIT, epochs=2, save_every=1, sample_every=1),
     "cifar10": {},
     "cifar100": {},
@@ -151,7 +150,7 @@ class UViTBlock(nn.Module):
 class UViT(nn.Module):
     """Time, [CLS], augmentation, patches: all are tokens. Long skips join the two halves."""
     sizes = {  # width, depth, heads
-        "uvit_tiny": (160, 4, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
+        "uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
     }
 
     def __init__(self, cfg):
@@ -292,7 +291,7 @@ class DDPM:
         return x, self.nfe
 
 
-Network, Diffusion = UViT, DDPM
+Network, build_net, Diffusion = UViT, UViT, DDPM
 
 
 # ---- 4. Non-leaky augmentation (Sec. 4.2; Karras et al. 2020, 2022) ------------------------------
@@ -309,11 +308,8 @@ def draw_view(cfg, generator):
     probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
     n, p = cfg.batch, cfg.aug
 
-    def uniform():
-        return torch.rand(n, generator=generator)
-
-    def normal():
-        return torch.randn(n, generator=generator)
+    uniform = functools.partial(torch.rand, n, generator=generator)
+    normal = functools.partial(torch.randn, n, generator=generator)
 
     def gated(values, p):
         return values * (uniform() < p)                             # else 0
@@ -767,37 +763,31 @@ def draw_glyphs(n, seed):
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
 MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
 FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
-DOWNLOADS = {  # file: MD5, then the folders that serve it, in order of trial
-    "cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", KRIZ, MIRROR),
-    "cifar-100-binary.tar.gz": ("03b5dce01913d631647c71ecec9e9cb8", KRIZ),
-    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", FASHION),
-    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", FASHION),
-    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", FASHION),
-    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", FASHION),
-    "tiny-imagenet-200.zip": ("90528d7ca1a48142e341f4ef8d21d0de", "https://cs231n.stanford.edu/"),
+DOWNLOADS = {  # file: how its SHA-256 begins, then the folders that serve it, in order of trial
+    "cifar-10-binary.tar.gz": ("c4a38c50a1bc5f3a", KRIZ, MIRROR),
+    "cifar-100-binary.tar.gz": ("58a81ae192c23a4b", KRIZ),
+    "train-images-idx3-ubyte.gz": ("3aede38d61863908", FASHION),
+    "train-labels-idx1-ubyte.gz": ("a04f17134ac03560", FASHION),
+    "t10k-images-idx3-ubyte.gz": ("346e55b948d973a9", FASHION),
+    "t10k-labels-idx1-ubyte.gz": ("67da17c76eaffca5", FASHION),
+    "tiny-imagenet-200.zip": ("6198c8ae015e2b3e", "https://cs231n.stanford.edu/"),
 }
 
 
 def fetch(name, folder):
-    """Path of a file of DOWNLOADS: the one in `folder`, or else a download whose MD5 is right."""
-    (md5, *mirrors), path, faults = DOWNLOADS[name], Path(folder, name), []
+    """Path of a file of DOWNLOADS: the one in `folder`, or else a download with that SHA-256."""
+    (sha256, *mirrors), path, faults = DOWNLOADS[name], Path(folder, name), []
     if path.exists():
         return path
-    for url in [mirror + name for mirror in mirrors]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for mirror in mirrors:
         try:
-            with urllib.request.urlopen(url, timeout=30) as reply:
-                bar = tqdm.wrapattr(reply, "read", total=reply.length, desc=name, disable=None)
-                with bar as body:
-                    data = b"".join(iter(lambda: body.read(2**20), b""))
-            if hashlib.md5(data).hexdigest() != md5:
-                raise OSError(f"{len(data)} bytes of another MD5 came")
-            with new_file(path) as file:
-                file.write(data)
+            torch.hub.download_url_to_file(mirror + name, path, sha256, sys.stderr.isatty())
             return path
-        except (OSError, http.client.HTTPException) as error:
-            faults.append(f"{url}: {error}")
-    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put the file with MD5 {md5} "
-                    f"into {folder}, or name the folder that holds it with --data_dir")
+        except (OSError, RuntimeError) as error:
+            faults.append(f"{mirror + name}: {error}")
+    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put it into {folder}, or name "
+                    "the folder that holds it with --data_dir")
 
 
 def read_cifar(cfg, train):
@@ -1285,11 +1275,6 @@ def uvit_from_official(net, state):
 
 
 layers, choices, from_official = uvit_layers, uvit_choices, uvit_from_official
-
-
-def build_net(cfg):
-    """The network of a config in float32 on the CPU, weights from torch's global generator."""
-    return Network(cfg)
 
 
 def load_weights(net, path, weights="ema", start=False):

@@ -10,6 +10,7 @@ it belongs to the one that made its folder, runs/evidence/NAME-sSEED. Delete tha
 """
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -120,6 +121,96 @@ def work(wanted=None, wanted_seed=None):
         print(json.dumps(line), flush=True)
 
 
+# The questions of the plan: what is compared, primary figure, in which direction it would be better.
+QUESTIONS = {
+    "1a": ("dit-cond adaptive", "dit-cond none", "fd_tiny", "samples, told the classes"),
+    "1b": ("dit adaptive", "dit none", "fd_tiny", "samples, not told"),
+    "2": ("clothes cls", "clothes none", "fd_tiny", "samples of U-ViT with [CLS]"),
+    "3a": ("dit-cond adaptive", "dit-cond none", "ridge", "features, told the classes"),
+    "3b": ("dit adaptive", "dit none", "ridge", "features, not told"),
+    "3c": ("clothes cls", "clothes none", "ridge", "features of U-ViT"),
+    "4": ("dit adaptive1", "dit adaptive", "fd_tiny", "`adaptive1` instead of `adaptive`"),
+    "5": ("contrast new", "contrast old", "ridge", "the projector's correction"),
+}
+FIGURES = dict(fd_tiny="FD-tiny, %", loss="test loss, %", noisiest="noisiest quarter, %",
+               ridge="ridge, points", accuracy="probe, points")
+BETTER = dict(fd_tiny=-1, loss=-1, noisiest=-1, ridge=1, accuracy=1)
+SMALL = dict(fd_tiny=5, ridge=0.5)                                  # gains that would not matter
+T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+         10: 2.228, 11: 2.201}                                      # Student's t, degrees of freedom
+
+
+def differences(one, other, key):
+    """{seed: difference of two networks}: points, or per cent by logarithms."""
+    found = {}
+    for line in read_results():
+        found.setdefault(line["name"], {})[line["seed"]] = line[key]
+    a, b = found.get(one, {}), found.get(other, {})
+    if "%" in FIGURES[key]:
+        return {seed: 100 * math.log(a[seed] / b[seed]) for seed in sorted(a.keys() & b.keys())}
+    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+
+
+def compare(label, key):
+    one, other, _, _ = QUESTIONS[label]
+    found = differences(one, other, key)
+    if label == "4":                                                # the mean of both kinds of DiT
+        told = differences(*(name.replace("dit", "dit-cond") for name in (one, other)), key)
+        found = {seed: (found[seed] + told[seed]) / 2 for seed in found.keys() & told.keys()}
+    return found
+
+
+def interval(values):
+    """Mean and half of its 95 % interval."""
+    n = len(values)
+    return statistics.mean(values), T_975[n - 1] * statistics.stdev(values) / n ** 0.5
+
+
+def verdict(label):
+    """By the rules of the plan, once all seeds are there."""
+    one, _, key, _ = QUESTIONS[label]
+    values = list(compare(label, key).values())
+    if len(values) < RUNS[one][1]:
+        return f"{len(values)} of {RUNS[one][1]} seeds"
+    mean, half = interval(values)
+    gain = mean * BETTER[key]
+    if gain - half > 0:
+        return "**held**"
+    if gain + half < 0 or abs(mean) + half < SMALL[key]:
+        return "**not held**"
+    return "undecided"
+
+
+def tables():
+    """The tables between the marks of the page and of README, from the results alone."""
+    rows, seeds, short = [], [], []
+    for label, (one, other, key, what) in QUESTIONS.items():
+        cells = []
+        for figure in (key, *(figure for figure in FIGURES if figure != key)):
+            values = list(compare(label, figure).values())
+            if len(values) > 1:
+                cells.append("{} {:+.2f} ± {:.2f}".format(FIGURES[figure], *interval(values)))
+        if not cells:
+            continue
+        rows.append(f"| {label} | {what} | {cells[0]} | {verdict(label)} | {'; '.join(cells[1:])} |")
+        short.append(f"| {what} | `{one}` - `{other}`: {cells[0]} | {verdict(label)} |")
+        each = [f"{value:+.2f}" for value in compare(label, key).values()]
+        seeds.append(f"| {label} | {', '.join(each)} |")
+    page = ["| | question | primary figure | verdict | beside it |", "|---|---|---|---|---|", *rows,
+            "", "Each seed's difference of the primary figure, in order:", "", "| | |", "|---|---|",
+            *seeds]
+    write(ROOT / "docs/evidence.md", page)
+    write(ROOT / "README.md", ["| better with self-conditioning? | difference, 95 % interval | verdict |",
+                               "|---|---|---|", *short])
+
+
+def write(path, lines):
+    before, rest = path.read_text().split("<!-- claim -->\n")
+    after = rest.split("<!-- end claim -->", 1)[1]
+    text = "\n".join(lines)
+    path.write_text(f"{before}<!-- claim -->\n{text}\n<!-- end claim -->{after}")
+
+
 def read_results():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
@@ -127,5 +218,7 @@ def read_results():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["work"]:
         work(*sys.argv[2:])
+    elif sys.argv[1:2] == ["tables"]:
+        tables()
     else:
         sys.exit(__doc__)

@@ -33,8 +33,8 @@ OWN = {"UNet": dict(layer="out_2"), "UViT": dict(layer="out_1", patch=4, pos_ini
 ALONE = {"ddpm_sc": dict(time_scale=0.001, t_probe=11), "uvit_sc": dict(time_scale=1.0)}
 
 # For tests of probe.py, fid.py and the data: networks of the first runs.
-SMALL = dict(dataset="cifar100", backbone="uvit_tiny", patch=8, batch=8, nfe=2, epochs=2,
-             warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
+SMALL = dict(dataset="cifar100", backbone="uvit_tiny", layer="out_1", patch=8, batch=8, nfe=2,
+             epochs=2, warmup=0.0, dropout=0.0, lr=4e-4, device="cpu")
 
 
 def load(name):

@@ -132,10 +132,10 @@ def host():
 
 
 def use(host, monkeypatch, *kinds):
-    md5, urls = hashlib.md5(Host.BODY).hexdigest(), [f"{host.url}/{kind}/" for kind in kinds]
+    sha256, urls = hashlib.sha256(Host.BODY).hexdigest(), [f"{host.url}/{kind}/" for kind in kinds]
     if "nobody" in kinds:
         urls = ["http://127.0.0.1:9/nobody/"]
-    monkeypatch.setattr(edm_sc, "DOWNLOADS", {"file.gz": (md5, *urls)})
+    monkeypatch.setattr(edm_sc, "DOWNLOADS", {"file.gz": (sha256, *urls)})
 
 
 def test_download(host, monkeypatch, tmp_path):
