@@ -44,11 +44,20 @@ def question(name):
 
 
 def old_projector(script):
-    """The projector until commit cd23a8b: it added the time, and BatchNorm took it from the keys."""
+    """The projector until commit cd23a8b: it added the time, by a linear layer with PyTorch's start,
+    and BatchNorm took it from the keys, which all have one time. The other weights start alike."""
+    import torch
+    start = script.Projector.__init__
+
+    def __init__(self, D, hidden, E):
+        start(self, D, hidden, E)
+        with torch.random.fork_rng():
+            self.time.reset_parameters()
+
     def forward(self, f, e):
         return self.mlp(f + self.time(e.detach()))
 
-    script.Projector.forward = forward
+    script.Projector.__init__, script.Projector.forward = __init__, forward
 
 
 def test_loss(path):
@@ -76,7 +85,7 @@ def test_loss(path):
 
 
 def do(name, seed, folder):
-    """One run, from its training to its line."""
+    """One run, from its training to its line; `failed` instead of figures if a command failed."""
     command, clock, seconds = f"{RUNS[name][0]} --seed {seed} --out {folder}", time.time(), []
 
     def run(words):
@@ -85,7 +94,8 @@ def do(name, seed, folder):
                            stderr=file, env=dict(os.environ, OMP_NUM_THREADS="1"))
         seconds.append(round(time.time() - clock))
 
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    code = ["git", "log", "-1", "--format=%h", "--", "*_sc.py", "probe.py", "fid.py"]
+    commit = subprocess.check_output(code, cwd=ROOT, text=True)     # that last changed a script
     if name == "contrast old":
         code = ("import sys; sys.path[:0] = ['.', 'docs']; import evidence, uvit_sc; "
                 "evidence.old_projector(uvit_sc); sys.exit(uvit_sc.main(sys.argv[1:]))")
@@ -98,7 +108,8 @@ def do(name, seed, folder):
     fid, probe = (json.loads((folder / f"{file}.json").read_text()) for file in ("fid", "probe"))
     return dict(name=name, seed=seed, fd_tiny=fid["value"], loss=loss, noisiest=noisiest,
                 ridge=probe["ridge"], accuracy=probe["accuracy"], layer=probe["layer"],
-                command=command.replace(f"{ROOT}/", ""), commit=commit.strip(), seconds=seconds)
+                command=command.replace(f"{ROOT}/", ""), commit=commit.strip(), seconds=seconds,
+                detector=fid["detector_sha256"], floor=fid["floor"])
 
 
 def work(wanted=None, wanted_seed=None):
@@ -108,14 +119,17 @@ def work(wanted=None, wanted_seed=None):
     for _, seed, name in sorted(todo, key=lambda run: (order.index(run[0]), run[1])):
         folder = ROOT / f"runs/evidence/{name.replace(' ', '-')}-s{seed}"
         done = [(line["name"], line["seed"]) for line in read_results()]
-        other = wanted and (name, seed) != (wanted, int(wanted_seed))
+        other = (wanted or name) != name or int(wanted_seed or seed) != seed
         if other or (name, seed) in done:
             continue
         try:
             folder.mkdir(parents=True)
         except FileExistsError:                                     # another worker's
             continue
-        line = do(name, seed, folder)
+        try:
+            line = do(name, seed, folder)
+        except subprocess.CalledProcessError as error:
+            line = dict(name=name, seed=seed, failed=str(error))
         with open(RESULTS, "a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
@@ -129,10 +143,10 @@ QUESTIONS = {
     "3a": ("dit-cond adaptive", "dit-cond none", "ridge", "features, told the classes"),
     "3b": ("dit adaptive", "dit none", "ridge", "features, not told"),
     "3c": ("clothes cls", "clothes none", "ridge", "features of U-ViT"),
-    "4": ("dit adaptive1", "dit adaptive", "fd_tiny", "`adaptive1` instead of `adaptive`"),
-    "5": ("contrast new", "contrast old", "ridge", "the projector's correction"),
+    "4": ("dit adaptive1", "dit adaptive", "fd_tiny", "`adaptive1` instead of `adaptive`, samples"),
+    "5": ("contrast new", "contrast old", "ridge", "the projector's correction, features"),
 }
-FIGURES = dict(fd_tiny="FD-tiny, %", loss="test loss, %", noisiest="noisiest quarter, %",
+FIGURES = dict(fd_tiny="FD-tiny, log %", loss="test loss, log %", noisiest="noisiest quarter, log %",
                ridge="ridge, points", accuracy="probe, points")
 BETTER = dict(fd_tiny=-1, loss=-1, noisiest=-1, ridge=1, accuracy=1)
 SMALL = dict(fd_tiny=5, ridge=0.5)                                  # gains that would not matter
@@ -141,22 +155,26 @@ T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 
 
 
 def differences(one, other, key):
-    """{seed: difference of two networks}: points, or per cent by logarithms."""
+    """{seed: difference of two networks}: points, or per cent by logarithms; NaN if a run failed."""
     found = {}
     for line in read_results():
-        found.setdefault(line["name"], {})[line["seed"]] = line[key]
+        runs = found.setdefault(line["name"], {})
+        assert line["seed"] not in runs, line
+        runs[line["seed"]] = line.get(key, math.nan)
     a, b = found.get(one, {}), found.get(other, {})
+    pairs = {seed: (a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())}
     if "%" in FIGURES[key]:
-        return {seed: 100 * math.log(a[seed] / b[seed]) for seed in sorted(a.keys() & b.keys())}
-    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+        return {seed: 100 * math.log(x / y) for seed, (x, y) in pairs.items()}
+    return {seed: x - y for seed, (x, y) in pairs.items()}
 
 
 def compare(label, key):
+    """{seed: difference} of a question."""
     one, other, _, _ = QUESTIONS[label]
     found = differences(one, other, key)
     if label == "4":                                                # the mean of both kinds of DiT
         told = differences(*(name.replace("dit", "dit-cond") for name in (one, other)), key)
-        found = {seed: (found[seed] + told[seed]) / 2 for seed in found.keys() & told.keys()}
+        found = {seed: (found[seed] + told[seed]) / 2 for seed in sorted(found) if seed in told}
     return found
 
 
@@ -166,12 +184,11 @@ def interval(values):
     return statistics.mean(values), T_975[n - 1] * statistics.stdev(values) / n ** 0.5
 
 
-def verdict(label):
-    """By the rules of the plan, once all seeds are there."""
-    one, _, key, _ = QUESTIONS[label]
-    values = list(compare(label, key).values())
-    if len(values) < RUNS[one][1]:
-        return f"{len(values)} of {RUNS[one][1]} seeds"
+def verdict(label, values):
+    """By the rules of the plan."""
+    key = QUESTIONS[label][2]
+    if any(map(math.isnan, values)):
+        return "undecided: a run failed"
     mean, half = interval(values)
     gain = mean * BETTER[key]
     if gain - half > 0:
@@ -182,29 +199,33 @@ def verdict(label):
 
 
 def tables():
-    """The tables between the marks of the page and of README, from the results alone."""
+    """The tables between the marks of the page and of README, from the results alone. No interval
+    is shown before all seeds are there."""
     rows, seeds, short = [], [], []
     for label, (one, other, key, what) in QUESTIONS.items():
-        cells = []
-        for figure in (key, *(figure for figure in FIGURES if figure != key)):
-            values = list(compare(label, figure).values())
-            if len(values) > 1:
-                cells.append("{} {:+.2f} ± {:.2f}".format(FIGURES[figure], *interval(values)))
-        if not cells:
+        values = list(compare(label, key).values())
+        if len(values) < RUNS[one][1]:
+            rows.append(f"| {label} | {what} | | {len(values)} of {RUNS[one][1]} pairs | |")
+            short.append(f"| {what} | | {len(values)} of {RUNS[one][1]} pairs |")
             continue
-        rows.append(f"| {label} | {what} | {cells[0]} | {verdict(label)} | {'; '.join(cells[1:])} |")
-        short.append(f"| {what} | `{one}` - `{other}`: {cells[0]} | {verdict(label)} |")
-        each = [f"{value:+.2f}" for value in compare(label, key).values()]
-        seeds.append(f"| {label} | {', '.join(each)} |")
-    page = ["| | question | primary figure | verdict | beside it |", "|---|---|---|---|---|", *rows,
-            "", "Each seed's difference of the primary figure, in order:", "", "| | |", "|---|---|",
-            *seeds]
+        cells = {figure: interval(list(compare(label, figure).values())) for figure in FIGURES}
+        words = {figure: "{} {:+.2f} ± {:.2f}".format(FIGURES[figure], *cells[figure])
+                 for figure in FIGURES}
+        others = "; ".join(words[figure] for figure in FIGURES if figure != key)
+        rows.append(f"| {label} | {what} | {words[key]} | {verdict(label, values)} | {others} |")
+        short.append(f"| {what} | {words[key]} | {verdict(label, values)} |")
+        seeds.append(f"| {label} | {', '.join(f'{value:+.2f}' for value in values)} |")
+    page = ["| | question | primary figure | verdict | beside it |", "|---|---|---|---|---|", *rows]
+    if seeds:
+        page += ["", "| | the primary figure's difference, seed by seed |", "|---|---|", *seeds]
     write(ROOT / "docs/evidence.md", page)
-    write(ROOT / "README.md", ["| better with self-conditioning? | difference, 95 % interval | verdict |",
-                               "|---|---|---|", *short])
+    write(ROOT / "README.md", ["| question | difference, 95 % interval | verdict |", "|---|---|---|",
+                               *short])
 
 
 def write(path, lines):
+    if "<!-- claim -->" not in path.read_text():
+        return
     before, rest = path.read_text().split("<!-- claim -->\n")
     after = rest.split("<!-- end claim -->", 1)[1]
     text = "\n".join(lines)

@@ -108,6 +108,26 @@ def test_gpu_page_has_the_measured_tables(tmp_path):
     assert page.read_text() == PAGES["gpu.md"]
 
 
+def test_claim(tmp_path, monkeypatch):
+    """The tables of the planned evidence are those of its results, its verdicts those of its plan."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    evidence = importlib.import_module("evidence")
+    for name in ("README.md", "docs/evidence.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    evidence.tables()
+    for name in ("README.md", "docs/evidence.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+    spread = [-2, -1, 0, 1, 2] * 2
+    cases = {"held": -9, "not held": 9, "undecided": -0.5, "undecided: a run failed": float("nan")}
+    for expected, middle in cases.items():
+        values = [5 * x + middle for x in spread]
+        assert evidence.verdict("1a", values).strip("*") == expected
+    assert evidence.verdict("1a", [x - 0.5 for x in spread]) == "**not held**"     # too small
+    assert evidence.verdict("3a", [x + 2 for x in spread]) == "**held**"
+
+
 def test_map_of_the_paper():
     """Every equation, table and figure has a place, and what is named there exists."""
     section = re.search(r"## Where the paper is\n(.*?)\n## ", README, re.S)[1]
@@ -128,7 +148,7 @@ def test_map_of_the_paper():
 def test_tables_are_those_of_the_results():
     """A row with four plain values has loss, probe, ridge and FD-tiny, over the seeds of its run."""
     results = {}
-    for file in (ROOT / "docs/results").glob("*.jsonl"):
+    for file in (ROOT / "docs/results/runs.jsonl", ROOT / "docs/results/retrofit.jsonl"):
         for run in map(json.loads, file.read_text().splitlines()):
             results.setdefault(run["name"], []).append(run)
     rows = re.findall(r"^\| `([^`]+)` (\|.*)", PAGES["evidence.md"], re.M)
