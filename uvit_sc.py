@@ -93,8 +93,7 @@ TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=16, lr=
 RECIPES = {  # fields of Config by data set
     "glyphs": dict(TINY_UVIT, epochs=9, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UVIT, epochs=2, save_every=1, sample_every=1),
-    "cifar10": {},
-    "cifar100": {},
+    "cifar10": {}, "cifar100": {},
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
                     dict(patch=4, layer="out_1", t_probe=66)),          # patch 4 as in U-ViT's code
 }
@@ -673,10 +672,6 @@ def sample(net, cfg, seeds, progress=False):
     return images.cpu()
 
 
-class Found(Exception):
-    """All features that were asked for are there: the rest of the network need not run."""
-
-
 @torch.no_grad()
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
@@ -693,7 +688,7 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
                 rows = torch.arange(len(h), device=h.device)
                 found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
             if last in found:
-                raise Found
+                raise StopIteration                                 # the rest need not run
         return hook
 
     diffusion = Diffusion(net.cfg)
@@ -701,7 +696,7 @@ def features(net, x_0, t, eps, last=None, aug=None, place=None):
     hooks = [block.register_forward_hook(reader(k)) for k, block in enumerate(net.blocks, 1)]
     try:
         net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
-    except Found:
+    except StopIteration:
         pass
     finally:
         for hook in hooks:
@@ -1046,8 +1041,7 @@ def batch_indices(n, batch, seed, step):
 
 def start(cfg):
     """The device of this process, which joins the others if torchrun has started several."""
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    best = here.type if here else "cpu"
+    best = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     kind = best if cfg.device == "auto" else cfg.device
     if kind != "cpu" and (kind != best or LOCAL_RANK >= torch.accelerator.device_count()):
         raise UserError(f"--device {kind}: there is none for process {LOCAL_RANK} on this machine; "

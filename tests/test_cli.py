@@ -115,8 +115,8 @@ def test_processes_that_torchrun_did_not_start(script, monkeypatch):
 @one
 def test_more_processes_than_devices(script, monkeypatch):
     monkeypatch.setattr(script, "LOCAL_RANK", 1)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: gpu)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(script.UserError, match="--device cuda: there is none for process 1"):
         script.start(script.make_config(device="cuda"))
