@@ -314,8 +314,9 @@ class RF:
         def velocity(x, t):
             return net(*self.inputs(x, t))[0].float()
 
-        if self.nfe == 0:
-            with torch.autocast(noise.device.type, enabled=False):  # bf16 rounds by more than tol
+        if self.nfe == 0:                               # bf16 and TF32 round by more than tol
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+            with exact, torch.autocast(noise.device.type, enabled=False):
                 return rk45(velocity, noise, 1.0, 0.0, self.tol)
         x = noise
         for i in range(self.nfe):

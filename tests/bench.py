@@ -13,6 +13,7 @@ Writes docs/results/gpu-NAME.json, and the tables of all such files into docs/gp
 import argparse
 import copy
 import dataclasses
+import gc
 import importlib
 import json
 import re
@@ -71,8 +72,9 @@ def in_turns(one, two, rounds):
     return times[1:]
 
 
-def make_step(script, cfg, device, compiled=False):
-    """A function of the number of the step that does what one step of train() does."""
+def make_step(script, cfg, device, compiled=False, wait=True):
+    """A function of the number of the step that does what one step of train() does, and waits for
+    the GPU, which train() does at log lines alone."""
     student = script.Student(script.build_net(cfg), cfg).to(device).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer, diffusion = script.make_optimizer(student, cfg), script.Diffusion(cfg)
@@ -92,7 +94,7 @@ def make_step(script, cfg, device, compiled=False):
         optimizer.step()
         optimizer.zero_grad()
         script.update_ema(teacher, student, cfg.ema, n + 1)
-        if device.type != "cpu":
+        if wait and device.type != "cpu":
             torch.accelerator.synchronize()
     return step
 
@@ -122,53 +124,61 @@ def measure_row(row, args, device, peak):
         make_step(script, dataclasses.replace(cfg, batch=2), device)(0)
     gflop = counter.get_total_flops() / 2e9
     for kind in ("eager", "compiled"):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        step = None                                             # its memory, for the next
+        gc.collect()
+        torch.compiler.reset()                                  # else shapes become symbols
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         try:
-            step = make_step(script, cfg, device, compiled=kind == "compiled")
-            for n in range(5):                              # compiles, chooses kernels
+            step = make_step(script, cfg, device, compiled=kind == "compiled", wait=False)
+            for n in range(5):                                  # compiles, chooses kernels
                 step(n)
             seconds = []
             for turn in range(args.rounds):
+                torch.cuda.synchronize()
                 start = time.perf_counter()
                 for n in range(10):
                     step(n)
+                torch.cuda.synchronize()
                 seconds.append((time.perf_counter() - start) / 10)
-        except torch.OutOfMemoryError:
-            found[kind] = None
+        except RuntimeError as error:                           # no room, no compiler, ...
+            found[kind] = dict(error=str(error)[:300])
             continue
         speed = cfg.batch / statistics.median(seconds)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-        found[kind] = dict(images_per_second=speed, tflops=speed * gflop / 1e3, memory_gb=memory,
-                           share=speed * gflop / 1e3 / peak, hours=total / speed / 3600)
+        found[kind] = dict(images_per_second=speed, tflops=speed * gflop / 1e3,
+                           share=speed * gflop / 1e3 / peak, hours=total / speed / 3600,
+                           memory_gb=torch.cuda.max_memory_allocated() / 1e9)
     words = [f"{name}.py --dataset {dataset}", *(f"--{k} {v}" for k, v in fields.items())]
     return dict(table=table, command=" ".join(words), batch=cfg.batch, gflop=gflop, **found)
 
 
-def matrix_peak(device):
-    """TFLOP/s of a matrix product in bf16, the best of ten."""
-    n, best = 8192 if device.type == "cuda" else 1024, 0
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+def matrix_peak(dtype):
+    """TFLOP/s of a matrix product of 8192 x 8192, the best of ten."""
+    a, best = torch.randn(8192, 8192, device="cuda", dtype=dtype), 0
     for _ in range(10):
+        torch.cuda.synchronize()
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e12)
+        torch.cuda.synchronize()
+        best = max(best, 2 * 8192 ** 3 / (time.perf_counter() - start) / 1e12)
     return best
 
 
 def measure_gpu(args, device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = matrix_peak(device)
-    result = dict(card=name, torch=torch.__version__, matrix_peak_tflops=peak, rows=[])
+    """The file of this card; rows that were measured before and are not now stay."""
+    name, script = torch.cuda.get_device_name(), importlib.import_module("uvit_sc")
+    dtype = script.autocast(script.make_config(), device).fast_dtype
     path = ROOT / "docs/results" / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    peak = matrix_peak(dtype)
     for row in ROWS:
         if row[1] in args.scripts:
-            result["rows"].append(measure_row(row, args, device, peak))
-            print(json.dumps(result["rows"][-1]), flush=True)
-            path.write_text(json.dumps(result, indent=1))
+            new = measure_row(row, args, device, peak)
+            rows = [old for old in rows if old["command"] != new["command"]] + [new]
+            print(json.dumps(new), flush=True)
+            card = dict(card=name, torch=torch.__version__, precision=str(dtype)[6:],
+                        matrix_peak_tflops=peak, rows=rows)
+            path.write_text(json.dumps(card, indent=1))
     write_tables(ROOT / "docs/gpu.md")
 
 
@@ -177,16 +187,18 @@ def write_tables(page):
     text = ""
     for path in sorted((ROOT / "docs/results").glob("gpu-*.json")):
         card = json.loads(path.read_text())
-        text += (f"\n{card['card']}, torch {card['torch']}, bf16; a matrix product reaches "
-                 f"{card['matrix_peak_tflops']:.0f} TFLOP/s.\n\n| table | command | batch | eager, "
-                 "images/s | compiled | TFLOP/s | of the peak | GB | hours on 1, 4, 8 |\n"
+        text += (f"\n{card['card']}, torch {card['torch']}, {card['precision']}; a matrix product "
+                 f"reaches {card['matrix_peak_tflops']:.0f} TFLOP/s.\n\n| table | command | batch "
+                 "| eager, images/s | compiled | TFLOP/s | of the peak | GB | hours on 1, 4, 8 |\n"
                  + "|---" * 9 + "|\n")
         for row in card["rows"]:
-            best = row["compiled"] or row["eager"]
-            speeds = [f"{row[kind]['images_per_second']:,.0f}" if row[kind] else "no room"
-                      for kind in ("eager", "compiled")]
+            kinds = [row["eager"], row["compiled"]]
+            speeds = [f"{kind['images_per_second']:,.0f}" if "error" not in kind else "failed"
+                      for kind in kinds]
+            best = [kind for kind in kinds if "error" not in kind]
             cells = [row["table"], f"`{row['command']}`", str(row["batch"]), *speeds]
             if best:
+                best = best[-1]
                 hours = ", ".join(f"{best['hours'] / n:.0f}" for n in (1, 4, 8))
                 cells += [f"{best['tflops']:.1f}", f"{best['share']:.0%}",
                           f"{best['memory_gb']:.1f}", hours]

@@ -24,7 +24,9 @@ def exact_and_measured(request):
     """Float32 products with all their bits; after the test, the peak of memory."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
     yield
+    torch.backends.cudnn.allow_tf32 = True
     print(f" {request.node.name}: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
 
 
@@ -58,16 +60,20 @@ def on_gpu(script, config, monkeypatch):
 
 @pytest.mark.parametrize("fields", [{}, dict(aug=0.5, cl=0.1)], ids=["plain", "aug-cl"])
 def test_losses_are_those_of_a_cpu(on_gpu, fields):
-    here, cfg = on_gpu("cpu", device="cpu", steps=20, **fields)
-    there, _ = on_gpu("gpu", steps=20, **fields)
-    assert there == pytest.approx(here, rel=1e-3)
+    (_, here), (_, there) = (on_gpu(device, device=device, steps=20, **fields)
+                             for device in ("cpu", DEVICE))
+    for key, tolerance in ("loss", 1e-3), ("contrast", 1e-2), ("grad_norm", 1e-2):
+        expected = [line[key] for line in log(here.out)]
+        assert [line[key] for line in log(there.out)] == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_learns(on_gpu, amp):
-    found, cfg = on_gpu(amp, real=True, amp=amp, steps=80)
-    assert sum(found[-10:]) < 0.97 * sum(found[:10])
-    assert all(line["grad_norm"] < 1e4 for line in log(cfg.out)[20:])   # fp16's first may overflow
+@pytest.mark.parametrize("fields", [{}, dict(aug=0.5, cl=0.1)], ids=["plain", "aug-cl"])
+def test_half_precision_learns(on_gpu, amp, fields):
+    found, cfg = on_gpu(amp, real=True, amp=amp, steps=80, **fields)
+    assert sum(found[-10:]) < 0.99 * sum(found[:10])
+    overflows = [line["step"] for line in log(cfg.out) if not line["grad_norm"] < 1e4]
+    assert len(overflows) <= (20 if amp == "fp16" else 0)       # its scale comes down from 65,536
 
 
 @only("edm_sc", "uvit_sc", "dit_latent_sc")
@@ -78,31 +84,33 @@ def test_compiled_equals_eager(on_gpu):
     assert not any("_orig_mod" in name for name in final(cfg.out)["model"])
 
 
-def test_a_step_waits_for_nothing(script, config):
-    """Between log lines the CPU only hands out work: a copy from the GPU or a blocking one to it
-    would be an error here. fp16 is left out, as its scaler has to look at the gradients."""
-    cfg = config(device=DEVICE, aug=0.5, cl=0.1, amp="off")
-    device, diffusion = script.start(cfg), script.Diffusion(cfg)
-    images, labels = (x.to(device) for x in random_data(script))
-    student, teacher, optimizer, scaler = script.make_parts(cfg, device)
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_training_waits_for_nothing(script, config, monkeypatch, amp):
+    """Between log lines the CPU only hands out work: in steps 51 to 58 a copy from the GPU, or one
+    to it for which the CPU waits, would be an error."""
+    draw_random = script.draw_random
 
-    def step(n):
-        drawn = script.draw_random(cfg, diffusion, n, images.shape[-3:], device)
-        objective, _ = script.training_step(cfg, diffusion, student, teacher, images[:8],
-                                            labels[:8], **drawn)
-        scaler.scale(objective).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        scaler.step(optimizer)
-        optimizer.zero_grad()
-        script.update_ema(teacher, student, cfg.ema, n + 1)
+    def drawn(cfg, diffusion, step, shape, device):
+        torch.cuda.set_sync_debug_mode("error" if 51 <= step < 59 else "default")
+        return draw_random(cfg, diffusion, step, shape, device)
 
-    step(0)                                             # what is kept from then on is made here
-    torch.cuda.set_sync_debug_mode("error")
+    monkeypatch.setattr(script, "draw_random", drawn)
     try:
-        for n in range(1, 6):
-            step(n)
+        assert script.train(config(device=DEVICE, aug=0.5, cl=0.1, amp=amp, steps=60)) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_batches_from_memory_and_from_the_card(script, config):
+    """What does not fit the card comes from the CPU, in pinned memory."""
+    images, labels = random_data(script)
+    device, cfg = torch.device(DEVICE), config()
+    for own in slice(0, 8), slice(4, 8):
+        there = script.read_batches(images.to(device), labels, cfg, 3, own, device)
+        here = script.read_batches(images, labels, cfg, 3, own, device)
+        for _ in range(3):
+            for a, b in zip(next(here), next(there)):
+                assert a.device == b.device and torch.equal(a, b)
 
 
 def test_images_depend_on_their_seeds_alone(script):
@@ -125,40 +133,48 @@ def test_resume(on_gpu, script):
     assert losses(cfg.out) == pytest.approx(whole, rel=1e-3)
 
 
-def test_probe_and_fid(on_gpu, tmp_path, monkeypatch):
-    """Of a checkpoint: on the GPU what comes on a CPU, but for what rounding does to two epochs of
-    Adam and to images."""
+def test_probe_and_fid(on_gpu, script, tmp_path, monkeypatch):
+    """Of a checkpoint, on the GPU: features are a CPU's, both commands end, and FD-tiny is a CPU's
+    but for the rounding of images. (The probe's noise is a GPU's own.)"""
     _, cfg = on_gpu("run", steps=5)
-    monkeypatch.chdir(tmp_path)                         # the small detector is kept in data/
+    path, found = f"{cfg.out}/last.pt", []
+    _, net = script.load_checkpoint(path)
+    x_0 = torch.rand(2, *getattr(net, "shape", (3, 16, 16))) * 2 - 1
+    eps = torch.randn_like(x_0)
+    here = script.features(net, x_0, cfg.t_probe, eps)
+    there = script.features(net.to(DEVICE), x_0.to(DEVICE), cfg.t_probe, eps.to(DEVICE))
+    for name, f in here.items():
+        assert (there[name].cpu() - f).abs().max() <= 1e-4 * f.abs().max()
+    probe.main([path, "--device", DEVICE, "--epochs", "2"])
     for device in ("cpu", DEVICE):
-        words = [f"{cfg.out}/last.pt", "--device", device]
-        probe.main([*words, "--epochs", "2", "--out", device])
-        fid.main([*words, "--detector", "tiny", "--n", "40", "--json", f"{device}/fid.json"])
-    here, there = (json.loads((tmp_path / device / "probe.json").read_text())
-                   for device in ("cpu", DEVICE))
-    assert there["ridge"] == pytest.approx(here["ridge"], abs=5)
-    here, there = (json.loads((tmp_path / device / "fid.json").read_text())
-                   for device in ("cpu", DEVICE))
-    assert there["value"] == pytest.approx(here["value"], rel=1e-2)
+        (tmp_path / device).mkdir()
+        monkeypatch.chdir(tmp_path / device)            # detector and statistics are in data/
+        words = ["--detector", "tiny", "--n", "40", "--json", "fid.json"]
+        fid.main([path, "--device", device, *words])
+        found.append(json.loads((tmp_path / device / "fid.json").read_text())["value"])
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
 
 
 def test_distance_is_that_of_a_cpu():
     """FID of the same images in Inception's features, with weights at random."""
     torch.manual_seed(0)
     net, found = fid.Inception().eval(), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)        # else nothing reaches the end
     images = torch.randint(0, 256, (2, 24, 3, 32, 32), dtype=torch.uint8)
     images[1] //= 2
     for device in (torch.device("cpu"), torch.device(DEVICE)):
         sides = [fid.Side("images", 24, {}, lambda batch, x=x: [(0, x)]) for x in images]
         (a, _), (b, _) = (fid.measure(side, net.to(device), device, 24) for side in sides)
         found.append(fid.frechet_distance(*a, *b))
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[0] > 0.1 and found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 @pytest.mark.skipif(gpus < 2, reason="two GPUs")
 @only("edm_sc", "uvit_sc")
 def test_two_processes(script, tmp_path):
-    """Over NCCL, what one process computes. To 1e-2, as convolutions of 16 and 8 images use TF32."""
+    """Over NCCL, what one process computes. To 1e-2, as convolutions use TF32 there."""
     fields = ["--steps", "20", "--aug", "0.5", "--cl", "0.01", "--amp", "off", "--batch", "16",
               "--sample_every", "0", "--save_every", "0"]
     for n in (1, 2):
