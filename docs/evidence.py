@@ -7,6 +7,10 @@
 
 A run trains, computes the test loss and calls fid.py and probe.py. Workers do not do the same run:
 it belongs to the one that made its folder, runs/evidence/NAME-sSEED. Delete that to do it again.
+The scripts of the plan are those of commit 8503cb8. To repeat or go on with them:
+
+    git worktree add ../claim 8503cb8 && cp docs/evidence.py ../claim/docs/
+    cp docs/results/claim.jsonl ../claim/docs/results/ && cd ../claim && python docs/evidence.py work
 """
 import importlib
 import json
