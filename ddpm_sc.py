@@ -344,12 +344,10 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 
 
 def draw_view(cfg, generator):
-    """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is.
-    Columns: flip, the data's own mirroring (Table 11), which the network is not told; then what it
-    is told: xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y. Each has
+    """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
+    flip is the data's own mirroring (Table 11), of which the network is not told. All others have
     probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
     n, p = cfg.batch, cfg.aug
-
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
 
@@ -409,10 +407,9 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and labels aug
-    (B, 9): the view without flip, with angles as cos and sin. So the network need not take
-    transformations for traits of the data. Images that are only mirrored are not resampled; view
-    is on the CPU, so that no GPU is waited for."""
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9),
+    the view without flip, angles as cos and sin, by which the network tells transformations from
+    traits of the data. view is on the CPU, so that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
@@ -420,7 +417,7 @@ def make_view(images, view):
     for mirrored, axis in (flip, -1), (xflip, -1), (yflip, -2):
         mirrored = mirrored.to(x_0.device, non_blocking=True).view(-1, 1, 1, 1) > 0
         x_0 = torch.where(mirrored, x_0.flip(axis), x_0)
-    rows = (aug[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
+    rows = (aug[:, 2:] != 0).any(dim=1).nonzero()[:, 0]             # more than mirrored
     if len(rows):
         there = rows.to(x_0.device, non_blocking=True)
         x_0[there] = transform(x_0[there], *view[rows, 3:].unbind(dim=1))
@@ -430,8 +427,8 @@ def make_view(images, view):
 # ---- 5. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network --------------
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (B, D) -> (B, D), float32, over the batches of all processes, so that N
-    compute what one does. In eval mode too, as in MoCo v3's teacher: no running averages."""
+    """(B, D) -> (B, D) float32, over the batches of all processes, so that N compute what one does.
+    In eval mode too, as in MoCo v3's teacher: no running averages."""
 
     def __init__(self, D, affine=True):
         super().__init__()
@@ -439,10 +436,8 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(D)) if affine else 0.0
 
     def mean(self, x):
-        x = x.mean(dim=0)
-        if WORLD > 1:
-            x = torch.distributed.nn.functional.all_reduce(x) / WORLD       # with its gradient
-        return x
+        x = x.mean(dim=0)                                           # all_reduce has a gradient
+        return torch.distributed.nn.functional.all_reduce(x) / WORLD if WORLD > 1 else x
 
     def forward(self, x):
         x = x.float()
@@ -459,9 +454,9 @@ def mlp(*widths):
 
 
 class Projector(nn.Module):
-    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). Queries come
-    from all times and keys from one. So f is scaled by 1 + s(e), s = 0 at first: a shift would be
-    constant over the keys, and BatchNorm would remove it. e gets no gradient."""
+    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). f is scaled by
+    1 + s(e), s = 0 at first: a shift would be constant over the keys, which all have one time, and
+    BatchNorm would remove it. e gets no gradient."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -478,8 +473,8 @@ class Projector(nn.Module):
 
 
 class Student(nn.Module):
-    """All that is trained: the network, and heads that only training needs. One forward for all, as
-    DistributedDataParallel wants it. A copy with averaged weights is the teacher and the result."""
+    """All that is trained: the network and the heads, in one forward, as DistributedDataParallel
+    wants it. A copy with averaged weights is the teacher and the result."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -512,10 +507,10 @@ class Student(nn.Module):
         t = torch.full((len(x_0),), t, device=x_0.device)
         c_noise = Diffusion(cfg).inputs(x_0, t)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
-        parts = [torch.empty_like(k) for _ in range(WORLD)]
+        parts = [k.clone() for _ in range(WORLD)]
         if WORLD > 1:
             dist.all_gather(parts, k)
-        return torch.cat(parts) if WORLD > 1 else k
+        return torch.cat(parts)
 
 
 def info_nce(q, k, T=0.2):
@@ -563,13 +558,6 @@ def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
     return objective, torch.stack([loss.mean(), contrast]).detach()
 
 
-def schedule(cfg, step, total, N):
-    """The learning rate's factor: a linear warm-up, then 1, then a linear fall if asked for."""
-    up = (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9)
-    down = (total - step) / (cfg.lr_decay * total + 1e-9)
-    return min(1, up, down)
-
-
 def due(every, epoch, before, last):
     """Whether a multiple of `every` epochs was just passed, or the run ends. 0: never."""
     return every and (last or epoch // every > before // every)
@@ -589,12 +577,14 @@ def make_parts(cfg, device):
 
 def train(cfg):
     """The whole training. Returns 0, or the signal that ended it: the same command resumes there.
-
     Every process draws the random numbers of the *global* batch from (seed, step) and uses its own
     rows of them: so a resumed run equals an unbroken one, and two processes with 4 images each
     compute what one does with 8 (but for dropout's masks, which each draws for its own images)."""
-    device, diffusion = start(cfg), Diffusion(cfg)
-    out, per_pass = Path(cfg.out), rows_per_pass(cfg)
+    device, diffusion, out = start(cfg), Diffusion(cfg), Path(cfg.out)
+    per_pass, rest = divmod(cfg.batch, WORLD * cfg.accum)           # images of a process at a time
+    if rest:
+        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum "
+                        f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
         images, labels = load_data(cfg, train=True)
     data, N = fingerprint(images, labels), len(images)
@@ -616,27 +606,26 @@ def train(cfg):
     batches = read_batches(images, labels, cfg, step, own, device)
     sums, logged = torch.zeros(2, device=device), step              # of losses since a log line
     stop, saved, clock = 0, time.time(), time.time()
-    slow = 0.1 if sys.stderr.isatty() else 20                       # seconds between lines of a bar
-    bar = tqdm(total=total, initial=step, disable=RANK > 0, mininterval=slow)
+    bar = tqdm(total=total, initial=step, disable=RANK > 0,
+               mininterval=0.1 if sys.stderr.isatty() else 20)      # seconds between its lines
     with open_log(out, step) as log, bar, signals() as caught:
         while step < total and not stop:
             batch, y = next(batches)
             drawn = draw_random(cfg, diffusion, step, batch.shape[-3:], device)
             for i in range(cfg.accum):                              # one forward per backward
                 part = slice(i * per_pass, (i + 1) * per_pass)      # of this process's images
-                rows = slice(own.start + part.start, own.start + part.stop)     # as in `drawn`
-                if cfg.dropout:
-                    torch.manual_seed(rng(cfg.seed, step, 2, rows.start).initial_seed())
-                wait = WORLD > 1 and i + 1 < cfg.accum              # DDP averages at the last pass
-                with model.no_sync() if wait else contextlib.nullcontext():
-                    some = {name: values[rows] for name, values in drawn.items()}
-                    objective, numbers = training_step(cfg, diffusion, model, teacher,
-                                                       batch[part], y[part], **some)
-                    scaler.scale(objective / cfg.accum).backward()
+                some = {name: values[own][part] for name, values in drawn.items()}
+                torch.manual_seed(rng(cfg.seed, step, 2, own.start + part.start).initial_seed())
+                model.require_backward_grad_sync = i + 1 == cfg.accum   # DDP: at the last pass
+                objective, numbers = training_step(cfg, diffusion, model, teacher,
+                                                   batch[part], y[part], **some)
+                scaler.scale(objective / cfg.accum).backward()
                 sums += numbers / cfg.accum
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
-            lr = cfg.lr * schedule(cfg, step, total, N)
+            warm_up = (step + 1) * cfg.batch / (cfg.warmup * N + 1e-9)
+            fall = (total - step) / (cfg.lr_decay * total + 1e-9)   # to 0 at the end, if asked for
+            lr = cfg.lr * min(1, warm_up, fall)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             scaler.step(optimizer)
@@ -649,7 +638,6 @@ def train(cfg):
             save_due = due(cfg.save_every, epoch, (step - 1) * cfg.batch // N, last)
             sample_due = due(cfg.sample_every, epoch, (step - 1) * cfg.batch // N, last)
             now = step <= 50 or step % 10 == 0                      # all processes agree on this
-            keep = save_due or last or (now and time.time() - saved > 600)      # last.pt
             if now or save_due or last or (WORLD == 1 and caught):
                 stop = torch.tensor(max(caught, default=0), device=device)
                 if WORLD > 1:
@@ -670,7 +658,7 @@ def train(cfg):
                 logged, clock = step, time.time()
             if save_due:
                 save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
-            if keep or stop:
+            if save_due or last or stop or (now and time.time() - saved > 600):
                 save(cfg, data, "last.pt", step, parts)
                 saved = time.time()
             if sample_due:
@@ -681,23 +669,22 @@ def train(cfg):
 
 def draw_images(net, cfg, seeds):
     """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,)."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (DATASETS[cfg.dataset][0], cfg.size, cfg.size)
-    noise = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
-    noise = noise.to(next(net.parameters()).device)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    noise = torch.stack(noise).to(next(net.parameters()).device)
     with autocast(cfg, noise.device):
         x, nfe = Diffusion(cfg).sample(net, noise)
     return to_uint8(x), torch.as_tensor(nfe, device=x.device).float().expand(len(x))
 
 
 def sample(net, cfg, seeds, progress=False):
-    """Images uint8 (n, C, S, S) on the CPU. Image i is a function of seeds[i] alone: not of other
-    seeds, nor of the number of processes, which share the work and all get all images. So the net
-    always sees the same number of rows, some of them idle: at other sizes other kernels run, and
-    round differently. Sets net.nfe, the mean number of network evaluations per image."""
-    device, S = next(net.parameters()).device, cfg.size
-    images = torch.zeros(len(seeds), DATASETS[cfg.dataset][0], S, S, dtype=torch.uint8,
-                         device=device)
+    """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
+    function of seeds[i] alone. So the net always sees the same number of rows, some of them idle:
+    other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
+    network evaluations per image."""
+    device = next(net.parameters()).device
+    shape = (len(seeds), DATASETS[cfg.dataset][0], cfg.size, cfg.size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
     evaluations = torch.zeros(len(seeds), device=device)
     mine = list(range(RANK, len(seeds), WORLD))
     group = 64 if device.type == "cuda" else 16                     # seeds at a time
@@ -719,31 +706,23 @@ def sample(net, cfg, seeds, progress=False):
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
     number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks read them, so that `forward` need not return all of them. The
-    network is not told classes."""
-    found = {}
+    token_k: one position's. Hooks read them; the network is not told classes."""
+    found, diffusion = {}, Diffusion(net.cfg)
 
-    def reader(k):
-        def hook(block, inputs, h):
-            found.update(net.pooled(k, h))
-            if place is not None:
-                tokens = net.positions(h)                           # (B, N, D)
-                rows = torch.arange(len(h), device=h.device)
-                found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
-            if last in found:
-                raise StopIteration                                 # the rest need not run
-        return hook
+    def hook(k, block, inputs, h):
+        found.update(net.pooled(k, h))
+        if place is not None:
+            tokens = net.positions(h)                               # (B, N, D)
+            rows = torch.arange(len(h), device=h.device)
+            found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
+        if last in found:
+            raise StopIteration                                     # the rest need not run
 
-    diffusion = Diffusion(net.cfg)
     t = torch.full((len(x_0),), t, device=x_0.device)
-    hooks = [block.register_forward_hook(reader(k)) for k, block in enumerate(net.blocks, 1)]
-    try:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(StopIteration):
+        for k, block in enumerate(net.blocks, 1):
+            hooks.enter_context(block.register_forward_hook(functools.partial(hook, k)))
         net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
-    except StopIteration:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -762,9 +741,9 @@ DIGITS = ["1070 7078 7818 1810", "7078", "1070 7074 7414 1418 1878", "1070 7078 
 
 
 def draw_glyphs(n, seed):
-    """n digits in random pose and colour: uint8 (n, 3, 16, 16), labels (n,) = 0..9 in turn. The
-    same bytes everywhere: RandomState's streams are frozen, + - * / sqrt are exact; no sin, font.
-    Digits are lighter or darker than the ground: a pixel's mean says little about the class."""
+    """n digits in random pose and colour, lighter or darker than the ground: uint8 (n, 3, 16, 16),
+    labels (n,) = 0..9 in turn. The same bytes everywhere: RandomState's streams are frozen, and
+    + - * / sqrt are exact; no sin, no font."""
     rng, labels = np.random.RandomState(seed), np.arange(n) % 10
 
     def uniform(low, high, size=1):
@@ -824,8 +803,7 @@ def fetch(name, folder):
             return path
         except (OSError, RuntimeError) as error:
             faults.append(f"{mirror + name}: {error}")
-    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put it into {folder}, or name "
-                    "the folder that holds it with --data_dir")
+    raise UserError(f"cannot download {name} ({'; '.join(faults)}); put it in --data_dir {folder}")
 
 
 def read_cifar(cfg, train):
@@ -836,22 +814,22 @@ def read_cifar(cfg, train):
         archive, folder, head = "cifar-10-binary.tar.gz", "cifar-10-batches-bin", 1
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     with tarfile.open(fetch(archive, cfg.data_dir)) as tar:
-        data = b"".join(tar.extractfile(f"{folder}/{name}").read() for name in names)
+        # A bytearray can be written to, as PyTorch wants it.
+        data = bytearray().join(tar.extractfile(f"{folder}/{name}").read() for name in names)
     records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
     return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
 
 
 def read_fashion_mnist(cfg, train):
-    """IDX files, big-endian sizes and bytes: in data_dir, of Debian's package, or downloaded."""
+    """IDX files, 4 bytes, the sizes, the data: in data_dir, of Debian's package, or downloaded."""
     arrays = []
-    for kind, dims in ("images", 3), ("labels", 1):
-        name = f"{'train' if train else 't10k'}-{kind}-idx{dims}-ubyte.gz"
+    for kind, shape in ("images-idx3", (-1, 28, 28)), ("labels-idx1", (-1,)):
+        name = f"{'train' if train else 't10k'}-{kind}-ubyte.gz"
         path = Path("/usr/share/datasets/fashion-mnist", name)
         if not path.exists() or Path(cfg.data_dir, name).exists():
             path = fetch(name, cfg.data_dir)
         data = gzip.decompress(path.read_bytes())
-        shape = np.frombuffer(data[4:4 + 4 * dims], ">i4")
-        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape))
+        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape))
     images = np.pad(arrays[0], ((0, 0), (2, 2), (2, 2)))[:, None]               # 28 in 32 pixels
     if cfg.size == 16:
         images = (images.reshape(-1, 1, 16, 2, 16, 2).sum(axis=(3, 5)) + 2) // 4
@@ -913,10 +891,9 @@ def list_folders(cfg, train):
         homes = [root]
     if not homes or not (train or tests):
         raise UserError(f"{here}: {root} has {there}; --dataset {cfg.dataset} reads train/CLASS "
-                        "and val/CLASS, or CLASS alone where no folder is named like a split")
+                        "and val/CLASS, or CLASS alone where nothing is named like a split")
     split, classes = (homes if train else tests)[0], subfolders(homes[0])
-    files, labels, others = [], [], 0
-    seen = {os.path.realpath(split)}
+    files, labels, others, seen = [], [], 0, {os.path.realpath(split)}
     for name in subfolders(split):
         paths = list(walk(split / name, seen))
         pictures = [path for path in paths if path.lower().endswith(KINDS)]
@@ -934,8 +911,7 @@ def list_folders(cfg, train):
         names = ", ".join(classes if len(classes) < 3 else [classes[0], "...", classes[-1]])
         note = f"; {others} other files are no pictures" if others else ""
         print(f"{split}: {len(classes)} classes ({names}), {len(files)} images{note}", flush=True)
-    stats = [os.stat(file) for file in files]
-    return files, labels, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return files, labels, [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
 
 
 def read_image(file):
@@ -967,39 +943,33 @@ def centre_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
 
 
-def leave_out(cfg, bad, N):
-    """A note on pictures that cannot be decoded, by what `bad` says; over 1 in 100 are an error."""
-    if bad:
-        text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad.values())}"
-        if 100 * len(bad) > N:
-            raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
-        print(f"note: {text}; they are left out", file=sys.stderr)
-
-
 def decode_once(cfg, train, names, labels, stamps, open_file=Path):
     """Images (N, 3, S, S), mapped from a file in data_dir, and labels (N,). The first run decodes
-    and writes it: images, then labels as uint16. Its name has a hash of what it was made from."""
-    key = hashlib.sha256(repr((labels, stamps)).encode()).hexdigest()[:12]
-    split, S, bad = "train" if train else "test", cfg.size, {}
+    and writes it, record by record. Its name has a hash of what it was made from."""
+    split, S, N, bad = "train" if train else "test", cfg.size, len(names), []
+    record = np.dtype([("image", np.uint8, (3, S, S)), ("label", np.uint16)])
+    key = hashlib.sha256(repr((record, labels, stamps)).encode()).hexdigest()[:12]
     path = Path(cfg.data_dir, f"{cfg.dataset}{S}-{split}-{key}.u8")
 
-    def decode(name):
+    def decode(name, label):
         try:
-            return centre_crop(read_image(open_file(name)), S).tobytes()
+            image = centre_crop(read_image(open_file(name)), S)
+            return np.array((image, label), record).tobytes()
         except Exception as error:                                  # Pillow fails in many ways
-            bad[name] = f"{name} ({error})"
+            bad.append(f"{name} ({error})")
             return b""
 
     if not path.exists():
         with new_file(path) as file, concurrent.futures.ThreadPoolExecutor() as pool:
-            for i in tqdm(range(0, len(names), 256), desc=f"decoding {cfg.dataset}", disable=None):
-                file.writelines(pool.map(decode, names[i:i + 256]))
-            leave_out(cfg, bad, len(names))
-            kept = [label for name, label in zip(names, labels) if name not in bad]
-            file.write(np.array(kept, np.uint16).tobytes())
-    N = path.stat().st_size // (3 * S * S + 2)
-    labels = np.fromfile(path, np.uint16, offset=3 * S * S * N)
-    return np.memmap(path, np.uint8, "c", shape=(N, 3, S, S)), labels
+            for i in tqdm(range(0, N, 256), desc=f"decoding {cfg.dataset}", disable=None):
+                file.writelines(pool.map(decode, names[i:i + 256], labels[i:i + 256]))
+            if bad:
+                text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad)}"
+                if 100 * len(bad) > N:
+                    raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
+                print(f"note: {text}; they are left out", file=sys.stderr)
+    data = np.memmap(path, record, "c")                             # changes stay in memory
+    return data["image"], data["label"]
 
 
 def load_data(cfg, train):
@@ -1020,7 +990,7 @@ def load_data(cfg, train):
                         f"({' '.join(str(error).split())}); delete what is damaged")
     if images.shape[2] != cfg.size:
         raise UserError(f"--size {cfg.size}: {cfg.dataset} has {images.shape[2]} pixels a side")
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def fingerprint(images, labels):
@@ -1090,8 +1060,7 @@ def start(cfg):
         raise UserError(f"--device {kind}: there is none for process {LOCAL_RANK} on this machine; "
                         "use --device cpu, or as many processes as there are")
     if WORLD > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE={WORLD} without the other variables of torchrun: start with "
-                        "torchrun, or unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE={WORLD} without MASTER_ADDR: use torchrun, or unset it")
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device(kind, LOCAL_RANK)
@@ -1104,23 +1073,13 @@ def start(cfg):
 @contextlib.contextmanager
 def signals():
     """A list of signals that came: Ctrl-C and a scheduler's SIGTERM wait until a step is done."""
-    caught, before = [], {}
-    for kind in signal.SIGINT, signal.SIGTERM:
-        before[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
     try:
         yield caught
     finally:
-        for kind, handler in before.items():
+        for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
-
-
-def rows_per_pass(cfg):
-    """Images that a process puts through the network at a time."""
-    share, rest = divmod(cfg.batch, WORLD * cfg.accum)
-    if rest:
-        raise UserError(f"--batch {cfg.batch} does not divide by {WORLD} processes x --accum "
-                        f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
-    return share
 
 
 @contextlib.contextmanager
@@ -1139,8 +1098,7 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """Matrix products in bf16 where the GPU has it, as it needs no loss scaling; else in fp16.
-    Weights stay float32."""
+    """Matrix products in bf16 where the GPU has it, else in fp16 (scaled); weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         good = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1238,12 +1196,11 @@ def open_log(out, step):
 
 
 def save_grid(images, path, columns=10):
-    """Images uint8 (n, C, H, W) as one PNG, small ones enlarged."""
+    """Images uint8 (n, C, S, S) as one PNG on white, small ones enlarged."""
     zoom = max(1, 64 // images.shape[2])
-    images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    images = F.pad(images, (1, 1, 1, 1), value=255)
-    white = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
-    rows = torch.cat([images, white]).unflatten(0, (-1, columns))   # (rows, columns, 3, H, W)
+    images = F.interpolate(images.expand(-1, 3, -1, -1), scale_factor=zoom)
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, -len(images) % columns), value=255)
+    rows = images.unflatten(0, (-1, columns))                       # (rows, columns, 3, S, S)
     grid = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     if RANK == 0:
         Image.fromarray(grid.contiguous().numpy()).save(path)
@@ -1296,10 +1253,8 @@ def unet_layers(cfg):
 def unet_choices(cfg):
     """The values that some fields may take, given the others."""
     multiple = 2 ** (len(UNet.sizes[cfg.backbone][1]) - 1)
-    names = unet_layers(cfg)
-    if cfg.self_cond != "none":
-        names = names[:-1]                                          # the last could condition none
-    return dict(size=range(multiple, 1025, multiple), layer=names,
+    end = None if cfg.self_cond == "none" else -1                   # the last could condition none
+    return dict(size=range(multiple, 1025, multiple), layer=unet_layers(cfg)[:end],
                 self_cond=("adaptive", "adaptive1", "add", "none"))
 
 
@@ -1325,8 +1280,7 @@ def load_weights(net, path, weights="ema", start=False):
         for name in added:                                          # [SC]
             idle = name.startswith(("sc_proj", "cls_token"))
             state[name] = torch.zeros_like(own[name]) if idle else own[name]
-        trained = dict(net.named_parameters())
-        kept = {k: v for k, v in own.items() if start and k not in trained}
+        kept = {k: v for k, v in net.named_buffers() if start and k in own}
         net.load_state_dict({**state, **kept})
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
