@@ -133,12 +133,10 @@ class DiTAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x, turn):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, N, D / heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, turn).to(v.dtype), rotate(k, turn).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
-        return self.dropout(self.proj(x))
+        x = F.scaled_dot_product_attention(q, k, v)             # all (B, heads, N, D / heads)
+        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class SwiGLU(nn.Module):
@@ -158,8 +156,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, D, heads, dropout):
         super().__init__()
-        self.norm1 = nn.RMSNorm(D, eps=1e-6)
-        self.norm2 = nn.RMSNorm(D, eps=1e-6)
+        self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
         self.attn = DiTAttention(D, heads, dropout)
         self.mlp = SwiGLU(D, int(2 / 3 * 4 * D), dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -185,27 +182,21 @@ class FinalLayer(nn.Module):
 
 def position_embedding(S, D):
     """Fixed, of S x S positions, (1, S * S, D): half of the channels for columns, half for rows."""
-    powers = torch.arange(D // 4, dtype=torch.float64) / (D // 4)
-    angles = torch.arange(S)[:, None] * 10000 ** -powers
-    place = torch.cat([angles.sin(), angles.cos()], dim=1)      # (S, D/2)
-    both = torch.cat([place.repeat(S, 1), place.repeat_interleave(S, dim=0)], dim=1)
-    return both[None].float()
+    angles = torch.arange(S)[:, None] * 10000 ** -(torch.arange(D // 4).double() / (D // 4))
+    place = torch.cat([angles.sin(), angles.cos()], dim=1).float()                  # (S, D/2)
+    return torch.cat([place.repeat(S, 1), place.repeat_interleave(S, dim=0)], dim=1)[None]
 
 
 def rope_angles(S, d):
     """Angles (S * S, d/2) of RoPE: the first half for rows, the second for columns."""
-    rows, columns = torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij")
-    powers = torch.arange(d // 4) * 4 / d
-    angles = [place.flatten()[:, None] * 10000 ** -powers for place in (rows, columns)]
-    return torch.cat(angles, dim=1)
+    angles = torch.arange(S)[:, None] * 10000 ** -(torch.arange(d // 4) * 4 / d)    # (S, d/4)
+    return torch.cat([angles.repeat_interleave(S, dim=0), angles.repeat(S, 1)], dim=1)
 
 
 class DiT(nn.Module):
     """A token for each position of the latents; later blocks read the network's own feature."""
-    sizes = {  # blocks, width, heads
-        "dit_tiny": (6, 160, 4), "dit_b": (12, 768, 12), "dit_l": (24, 1024, 16),
-        "dit_xl": (28, 1152, 16),
-    }
+    sizes = {"dit_tiny": (6, 160, 4), "dit_b": (12, 768, 12), "dit_l": (24, 1024, 16),
+             "dit_xl": (28, 1152, 16)}                          # blocks, width, heads
 
     def __init__(self, cfg):
         super().__init__()
@@ -214,12 +205,10 @@ class DiT(nn.Module):
         self.shape, self.D, self.E = (C, S, S), D, D            # of latents; widths of f and e
         self.null = None if cfg.uncond else count_classes(cfg)  # one class more: not told
         self.pos_embed = nn.Parameter(position_embedding(S, D), requires_grad=False)
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(C, D, 1)
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(C, D, 1)))
         self.t_embedder = TimestepEmbedder(D)
         if self.null:
-            self.y_embedder = nn.Module()
-            self.y_embedder.embedding_table = nn.Embedding(self.null + 1, D)
+            self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(self.null + 1, D)))
         angles = rope_angles(S, D // heads).repeat_interleave(2, dim=1)             # (N, D/heads)
         self.feat_rope = nn.Module()
         self.feat_rope.register_buffer("freqs_cos", angles.cos())
@@ -294,10 +283,8 @@ class LatentRF:
     uncertainty = None                              # EDM alone learns a weight for each noise level
 
     def __init__(self, cfg):
-        self.nfe = cfg.nfe
-        self.shift = cfg.shift
-        self.guidance = cfg.guidance
-        self.guide_until = cfg.guide_until
+        self.nfe, self.shift = cfg.nfe, cfg.shift
+        self.guidance, self.guide_until = cfg.guidance, cfg.guide_until
 
     def draw_t(self, n, generator):
         """Training times (n,) float32: the sigmoid of N(0, 1), "lognorm" in Table 8."""
@@ -312,10 +299,9 @@ class LatentRF:
         return x_t, t
 
     def loss(self, prediction, x_0, eps, t):
-        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, plus 1 -
-        their cosine over channels, the mean over positions: (B,) float32. The second is
-        LightningDiT's, on which the paper builds. At first v is 0: there the usual eps, 1e-8, makes
-        gradients so large that fp16 overflows every time."""
+        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, + 1 - their
+        cosine over channels, the mean over positions (LightningDiT's): (B,) float32. At first v is
+        0: there the usual eps, 1e-8, makes gradients so large that fp16 overflows every time."""
         v, target = prediction.float(), eps - x_0
         away = 1 - F.cosine_similarity(v, target, dim=1, eps=0.1)                   # (B, H, W)
         return (v - target).square().mean(dim=(1, 2, 3)) + away.mean(dim=(1, 2))
@@ -356,10 +342,8 @@ def draw_latent_view(cfg, generator):
     n, far = cfg.batch, max(1, cfg.size // cfg.cell // 8)
     flip = torch.rand(n, generator=generator) < 0.5 * cfg.flip
     hide = torch.rand(n, generator=generator) < cfg.class_drop
-    shift = torch.zeros(n, 2)
-    if cfg.aug:
-        shift = torch.randint(-far, far + 1, (n, 2), generator=generator)
-        shift = shift * (torch.rand(n, 1, generator=generator) < cfg.aug)
+    shift = torch.randint(-far, far + 1, (n, 2), generator=generator)
+    shift = shift * (torch.rand(n, 1, generator=generator) < cfg.aug)
     return torch.cat([flip[:, None], hide[:, None], shift], dim=1).float()
 
 
@@ -625,12 +609,9 @@ def train(cfg):
 def draw_from_latents(net, cfg, seeds):
     """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,). The
     class of each is its seed modulo the number of classes."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    noise = torch.stack([torch.randn(net.shape, generator=gen) for gen in generators])
-    noise = noise.to(net.latent_mean.device)
-    y = None
-    if net.null:
-        y = torch.tensor([seed % net.null for seed in seeds], device=noise.device)
+    noise = [torch.randn(net.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    noise = torch.stack(noise).to(net.latent_mean.device)
+    y = torch.tensor([s % net.null for s in seeds], device=noise.device) if net.null else None
     with autocast(cfg, noise.device):
         x, nfe = Diffusion(cfg).sample(net, noise, y)
     images = to_images(cfg, x * net.latent_std + net.latent_mean)
@@ -828,15 +809,6 @@ def centre_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
 
 
-def leave_out(cfg, bad, N):
-    """A note on pictures that cannot be decoded, by what `bad` says; over 1 in 100 are an error."""
-    if bad:
-        text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad.values())}"
-        if 100 * len(bad) > N:
-            raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
-        print(f"note: {text}; they are left out", file=sys.stderr)
-
-
 def fingerprint(images, labels):
     """What tells one data set from another: counts, a CRC of the labels and of some images."""
     some = images[::max(1, len(images) // 64)].numpy()
@@ -863,13 +835,11 @@ class VAEBlock(nn.Module):
         self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(32, C_out, eps=1e-6)
         self.conv2 = nn.Conv2d(C_out, C_out, 3, padding=1)
-        if C_in != C_out:
-            self.nin_shortcut = nn.Conv2d(C_in, C_out, 1)
+        self.nin_shortcut = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class VAEAttention(nn.Module):
@@ -920,7 +890,7 @@ class VAE(nn.Module):
         super().__init__()
         widths, high, low = self.widths, self.widths[0], self.widths[4]     # resolutions
         self.encoder, self.decoder = self.half(3, high, low, 64), self.half(32, low, high, 3)
-        self.encoder.down, self.decoder.up = nn.ModuleList(), nn.ModuleList()
+        self.encoder.down, self.decoder.up = nn.Sequential(), nn.ModuleList()
         for k, C in enumerate(widths):
             before, after = widths[max(k - 1, 0)], widths[min(k + 1, 4)]
             self.encoder.down.append(VAEStage(before, C, 2, k == 4, "down" if k < 4 else ""))
@@ -939,11 +909,9 @@ class VAE(nn.Module):
         return half
 
     def encode(self, x):
-        h = self.encoder.conv_in(x)
-        for stage in self.encoder.down:
-            h = stage(h)
-        h = self.encoder.norm_out(self.encoder.mid(h))
-        mean, logvar = self.quant_conv(self.encoder.conv_out(F.silu(h))).chunk(2, dim=1)
+        h = self.encoder.mid(self.encoder.down(self.encoder.conv_in(x)))
+        h = self.encoder.conv_out(F.silu(self.encoder.norm_out(h)))
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
@@ -1106,29 +1074,33 @@ def encode(cfg, train, device):
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free / 1e9
         print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free:.0f} GB free")
-        facts = dict(origin=origin, done=0, bad={})
+        home = read_facts(latents_path(cfg, True))                  # the training latents'
         if train:
-            facts.update(channel_statistics(cfg, read, N, batch, pool, device))
-        else:
-            facts.update((k, read_facts(latents_path(cfg, True))[k]) for k in ("mean", "std"))
+            home = channel_statistics(cfg, read, N, batch, pool, device)
+        facts = dict(origin=origin, done=0, bad={}, mean=home["mean"], std=home["std"])
         write_facts(part, facts)                                    # first: `done` is 0 again
         part.write_bytes(b"")
     mean, std = (torch.tensor(facts[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    bad = facts["bad"]                                              # {row: fault}, over all batches
     with pool, open(part, "r+b") as file, tqdm(total=N, initial=facts["done"], disable=None) as bar:
-        file.truncate(size * (facts["done"] - len(facts["bad"])))   # a batch that was not finished
+        file.truncate(size * (facts["done"] - len(bad)))            # a batch that was not finished
         file.seek(0, 2)
         while facts["done"] < N:
             rows = range(N)[facts["done"]:facts["done"] + batch]
-            x, bad = encode_rows(cfg, read, rows, pool, device)
+            x, faults = encode_rows(cfg, read, rows, pool, device)
             file.write(((x - mean) / std).half().cpu().numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())                                 # before the facts say so
             facts["done"] += len(rows)
-            facts["bad"].update((str(row), fault) for row, fault in bad.items())
+            bad.update((str(row), fault) for row, fault in faults.items())
             write_facts(part, facts)
             bar.update(len(rows))
-    leave_out(cfg, facts["bad"], N)
-    labels = [label for row, label in enumerate(labels) if str(row) not in facts["bad"]]
+    if bad:
+        text = f"{len(bad)} of {N} pictures cannot be decoded, the first is {min(bad.values())}"
+        if 100 * len(bad) > N:
+            raise UserError(f"--data_dir {cfg.data_dir}: {text}; remove or mend them")
+        print(f"note: {text}; they are left out", file=sys.stderr)
+    labels = [label for row, label in enumerate(labels) if str(row) not in bad]
     write_facts(path, dict(facts, labels=labels))
     os.replace(part, path)
     Path(f"{part}.json").unlink()
@@ -1160,8 +1132,7 @@ def load_latents(cfg, train):
         fields = ("dataset", "data_dir", "size", "tokenizer", "cell", "vae")
         flags = [f"--{name} {getattr(cfg, name)}" for name in fields if getattr(cfg, name)]
         raise UserError(f"no latents {path}; make them: {SCRIPT}.py --encode {' '.join(flags)}")
-    there = dict(facts.get("origin", {}), mean=facts["mean"], std=facts["std"])
-    there["bytes"] = path.stat().st_size
+    there = {**facts, **facts.get("origin", {}), "bytes": path.stat().st_size}
     shape = (len(facts["labels"]), 2, *latent_shape(cfg))
     now = dict(there, tokenizer=tokenizer_hash(cfg), bytes=2 * math.prod(shape))
     now.update((k, read_facts(home).get(k)) for k in ("mean", "std"))
@@ -1446,8 +1417,7 @@ def dit_from_official(net, state):
         net.y_embedder.embedding_table = nn.Embedding(*table.shape)
     if "latent_mean" in state:                              # ours
         return state
-    state = state.get("model", state)
-    state = {name.removeprefix("module."): v.clone() for name, v in state.items()}
+    state = {k.removeprefix("module."): v.clone() for k, v in state.get("model", state).items()}
     w = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     cosines, sines = state["t_embedder.mlp.0.weight"].chunk(2, dim=1)
     turned = [cosines * w.cos() + sines * w.sin(), cosines * w.sin() - sines * w.cos()]

@@ -1,9 +1,8 @@
 """DDAE++ with U-ViT in pixel space, in one file: network, loss, training, data.
 
 Paper     DDAE++ (arXiv 2505.10999v1): Sec. 4.1, Fig. 2(a); Tables 2-4, settings in Tables 8-11.
-Idea      A diffusion model learns features that classify well. DDAE++ hands a feature back to the
-          layers that decode: here a learned token, [CLS], goes with the patches through all layers,
-          gathers by attention what the image is about, and the patches read it. [SC] marks it.
+Idea      A diffusion model learns features that classify well. DDAE++ hands one back: a learned
+          token, [CLS], gathers by attention what an image is about; patches read it. [SC] marks it.
 Cost      One token more, 0.4 % of a step.
 Maths     x_t = alpha_t x_0 + sigma_t eps       Eq. (1); alpha_t^2 + sigma_t^2 = 1, t = 1..1000
           loss = || eps_theta(x_t, t) - eps ||^2
@@ -20,7 +19,6 @@ Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (ba
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
 import hashlib, inspect, json, math, os, re, signal, sys, tarfile, time, zipfile, zlib
-from collections import OrderedDict
 from pathlib import Path
 
 # OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
@@ -110,34 +108,32 @@ def time_token(t, width):
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, dropout):
+    def __init__(self, D, heads, dropout):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D)
-        return self.drop(self.proj(x))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, mask)       # all (B, heads, N, D / heads)
+        return self.drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class UViTBlock(nn.Module):
     """A pre-norm Transformer block; `skip` adds the long skip: concatenate, then project."""
 
-    def __init__(self, width, heads, dropout, skip=False):
+    def __init__(self, D, heads, dropout, skip=False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(),
-            fc2=nn.Linear(4 * width, width), drop=nn.Dropout(dropout)))
+        self.norm1 = nn.LayerNorm(D)
+        self.attn = Attention(D, heads, dropout)
+        self.norm2 = nn.LayerNorm(D)
+        self.mlp = nn.Sequential()
+        self.mlp.fc1, self.mlp.gelu = nn.Linear(D, 4 * D), nn.GELU()
+        self.mlp.fc2, self.mlp.drop = nn.Linear(4 * D, D), nn.Dropout(dropout)
         if skip:
-            self.skip_linear = nn.Linear(2 * width, width)
+            self.skip_linear = nn.Linear(2 * D, D)
 
     def forward(self, x, mask, skip=None):
         if skip is not None:
@@ -148,20 +144,17 @@ class UViTBlock(nn.Module):
 
 class UViT(nn.Module):
     """Time, [CLS], augmentation, patches: all are tokens. Long skips join the two halves."""
-    sizes = {  # width, depth, heads
-        "uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12),
-    }
+    sizes = {"uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, depth, heads = self.sizes[cfg.backbone]
-        C, S = DATASETS[cfg.dataset][0], cfg.size
-        self.patch = cfg.patch
+        D, depth, heads = self.sizes[cfg.backbone]              # D is the width
+        C, n = DATASETS[cfg.dataset][0], cfg.size // cfg.patch  # n x n patches
         self.D = self.E = D                                     # widths of f and of time_emb
         self.cls = cfg.self_cond == "cls"                       # [SC]
         self.extras = 1 + self.cls + (cfg.aug > 0)              # tokens before the patches
-        N = self.extras + (S // cfg.patch) ** 2
+        N = self.extras + n ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, N, D))
         if self.cls:                                            # [SC] as the input, one learned
             self.cls_token = nn.Parameter(torch.empty(1, 1, D))     # [SC] vector for all images
@@ -172,11 +165,9 @@ class UViT(nn.Module):
             mask = torch.ones(N, N, dtype=torch.bool)   # is about, not how it was transformed
             mask[1, 2] = mask[2, 1] = False             # 1 is [CLS], 2 the augmentation's token
         self.register_buffer("mask", mask, persistent=False)
-        self.f_layer = int(cfg.layer.split("_")[1])
-        self.f_cls = self.cls and cfg.cl_feature == "cls"
-        self.f_name = f"cls_{self.f_layer}" if self.f_cls else f"out_{self.f_layer}"
-        self.patch_embed = nn.Module()                          # an official name
-        self.patch_embed.proj = nn.Conv2d(C, D, cfg.patch, stride=cfg.patch)
+        kind = "cls" if self.cls and cfg.cl_feature == "cls" else "out"
+        self.f_name, self.f_layer = kind + cfg.layer[3:], int(cfg.layer[4:])    # of out_k or cls_k
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(C, D, cfg.patch, stride=cfg.patch)))
         half = depth // 2
         self.in_blocks = nn.ModuleList(UViTBlock(D, heads, cfg.dropout) for _ in range(half))
         self.mid_block = UViTBlock(D, heads, cfg.dropout)
@@ -186,18 +177,15 @@ class UViT(nn.Module):
         self.decoder_pred = nn.Linear(D, cfg.patch ** 2 * C)
         self.final_layer = nn.Conv2d(C, C, 3, padding=1)
         for module in self.modules():           # convolutions and norms keep PyTorch's start
-            if isinstance(module, nn.Linear):
-                std = 0.02 * (512 / D) ** 0.5                   # the official 0.02 at width 512
-                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):   # std: the official 0.02 at width 512
+                nn.init.trunc_normal_(module.weight, std=0.02 * (512 / D) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls:                                            # [SC]
-            nn.init.trunc_normal_(self.cls_token, std=0.02)     # [SC]
+        for p in self.parameters(recurse=False):                # pos_embed, and [SC] cls_token
+            nn.init.trunc_normal_(p, std=0.02)
         if cfg.pos_init == "sincos":            # halved, so as not to drown the patches at first
-            place = time_token(torch.arange(S // cfg.patch), D // 2) / 2            # (S/p, D/2)
-            rows, columns = torch.broadcast_tensors(place[:, None], place[None])
-            grid = torch.cat([rows.flatten(0, 1), columns.flatten(0, 1)], dim=1)
+            place = time_token(torch.arange(n), D // 2) / 2     # (n, D/2); rows, then columns:
+            grid = torch.cat([place.repeat_interleave(n, dim=0), place.repeat(n, 1)], dim=1)
             self.pos_embed.data[0, self.extras:] = grid
 
     def time_emb(self, c_noise):
@@ -206,13 +194,12 @@ class UViT(nn.Module):
     def forward(self, x, c_noise, y=None, aug=None):
         """x (B, C, H, W), c_noise (B,) -> prediction like x, f (B, D) float32. aug (B, 9): labels
         of the augmentation, None for zeros. y: classes, which this network is not told."""
-        (B, C, H, W), p = x.shape, self.patch
+        (B, C, H, W), p = x.shape, self.cfg.patch
         tokens = [self.time_emb(c_noise)[:, None]]              # (B, 1, D)
         if self.cls:                                            # [SC] [CLS] reads all tokens, is
             tokens.append(self.cls_token.expand(B, 1, -1))      # [SC] read by all, in all blocks
         if hasattr(self, "aug_emb"):
-            aug = x.new_zeros(B, 9) if aug is None else aug
-            tokens.append(self.aug_emb(aug)[:, None])
+            tokens.append(self.aug_emb(x.new_zeros(B, 9) if aug is None else aug)[:, None])
         tokens.append(self.patch_embed.proj(x).flatten(2).transpose(1, 2))          # (B, HW/pp, D)
         h = torch.cat(tokens, dim=1) + self.pos_embed           # (B, N, D)
         skips = []
