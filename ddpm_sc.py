@@ -21,7 +21,7 @@ Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (ba
           CIFAR-100 ddpm 5.77, 63.55 % (5.97, 62.06 %); ddpmpp 4.01, 71.11 % (4.43, 69.35 %)
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
-import hashlib, inspect, json, math, os, re, signal, sys, tarfile, time, zipfile, zlib
+import hashlib, inspect, json, math, os, re, signal, socket, sys, tarfile, time, zipfile, zlib
 from pathlib import Path
 
 # OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
@@ -85,17 +85,17 @@ class Config:
     sample_every: int = 50       # epochs between samples_EPOCH.png, 0: never
 
 
-TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=16, lr=2e-3, warmup=0.1, lr_decay=0.9,
-                 layer="out_2", cl_hidden=512)
+TINY_DDPM = dict(backbone="unet_tiny", dropout=0.0, batch=16, lr=2e-3, warmup=0.1, lr_decay=0.9,
+                 layer="out_2", cl_hidden=512, time_scale=1.0)
 RECIPES = {  # fields of Config by data set; under a backbone's name, what differs with that one
-    "glyphs": dict(TINY_UNET, time_scale=1.0, nfe=50, epochs=2.4, flip=False, save_every=1,
-                   sample_every=4),
-    "fashion_mnist": dict(TINY_UNET, time_scale=1.0, epochs=1, save_every=1, sample_every=1),
-    "cifar10": dict(ddpmpp=dict(batch=256, layer="out_7")),
-    "cifar100": dict(ddpmpp=dict(batch=256, layer="out_8")),
+    "glyphs": dict(TINY_DDPM, nfe=50, epochs=2.4, flip=False, save_every=1, sample_every=4),
+    "fashion_mnist": dict(TINY_DDPM, epochs=1, save_every=1, sample_every=1),
+    "cifar10": dict(unet_tiny=TINY_DDPM, ddpmpp=dict(batch=256, layer="out_7")),
+    "cifar100": dict(unet_tiny=TINY_DDPM, ddpmpp=dict(batch=256, layer="out_8")),
     # 64 x 64: Table 10 has EDM with ddpm, whose layer we take, and DDPM with U-ViT: its time.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
-                    dict(layer="out_5", t_probe=66, ddpmpp=dict(batch=256))),
+                    dict(layer="out_5", t_probe=66, unet_tiny=TINY_DDPM,
+                         ddpmpp=dict(batch=256))),
 }
 
 
@@ -346,7 +346,7 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
     flip is the data's own mirroring (Table 11), of which the network is not told. All others have
-    probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
+    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2."""
     n, p = cfg.batch, cfg.aug
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
@@ -797,6 +797,7 @@ def fetch(name, folder):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)                                    # download_url_to_file has none
     for mirror in mirrors:
         try:
             torch.hub.download_url_to_file(mirror + name, path, sha256, sys.stderr.isatty())
@@ -1360,7 +1361,7 @@ def main(argv=None):
         print(f"saved {cfg.out}/last.pt; the same command goes on from there")
     elif RANK == 0:
         tiny = " --detector tiny" if cfg.dataset in ("glyphs", "fashion_mnist") else ""
-        print(f"done: look at {cfg.out}/samples_*.png, then\n  python probe.py {cfg.out}/last.pt\n"
+        print(f"done: {cfg.out} is complete; next\n  python probe.py {cfg.out}/last.pt\n"
               f"  python fid.py {cfg.out}/last.pt{tiny}")
     return 128 + number if number else 0
 

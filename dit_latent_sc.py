@@ -98,7 +98,7 @@ RECIPES = {  # fields of Config by data set; under `unconditional` those that di
     "imagenet100": dict(size=256, ema_ramp=False, unconditional=dict(epochs=1400)),
     "imagenet": dict(size=256, ema_ramp=False, epochs=90, save_every=10, sample_every=10,
                      layer="block_10", unconditional=dict(layer="block_9")),
-    "folder": dict(size=256),
+    "folder": dict(size=256, dit_tiny=dict(TINY_DIT, size=64)),
 }
 
 
@@ -1521,7 +1521,7 @@ def main(argv=None):
         print(f"saved {cfg.out}/last.pt; the same command goes on from there")
     elif RANK == 0:
         tiny = " --detector tiny" if cfg.dataset in ("glyphs", "fashion_mnist") else ""
-        print(f"done: look at {cfg.out}/samples_*.png, then\n  python probe.py {cfg.out}/last.pt\n"
+        print(f"done: {cfg.out} is complete; next\n  python probe.py {cfg.out}/last.pt\n"
               f"  python fid.py {cfg.out}/last.pt{tiny}")
     return 128 + number if number else 0
 

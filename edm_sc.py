@@ -21,7 +21,7 @@ Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (ba
           CIFAR-100 ddpm 6.01, 65.35 % (6.21, 63.68 %); ddpmpp 3.36, 71.61 % (3.46, 71.09 %)
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
-import hashlib, inspect, json, math, os, re, signal, sys, tarfile, time, zipfile, zlib
+import hashlib, inspect, json, math, os, re, signal, socket, sys, tarfile, time, zipfile, zlib
 from pathlib import Path
 
 # OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
@@ -89,11 +89,12 @@ TINY_UNET = dict(backbone="unet_tiny", dropout=0.0, batch=16, lr=2e-3, warmup=0.
 RECIPES = {  # fields of Config by data set; under a backbone's name, what differs with that one
     "glyphs": dict(TINY_UNET, epochs=2.4, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UNET, epochs=1, save_every=1, sample_every=1),
-    "cifar10": dict(ddpmpp=dict(batch=256, layer="out_9")),
-    "cifar100": dict(layer="out_6", ddpmpp=dict(batch=256, layer="out_8")),
+    "cifar10": dict(unet_tiny=TINY_UNET, ddpmpp=dict(batch=256, layer="out_9")),
+    "cifar100": dict(layer="out_6", unet_tiny=TINY_UNET, ddpmpp=dict(batch=256, layer="out_8")),
     # 64 x 64: Table 10 has ddpm alone; ddpmpp takes its layer.
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
-                    dict(layer="out_5", t_probe=0.2964, ddpmpp=dict(batch=256))),
+                    dict(layer="out_5", t_probe=0.2964, unet_tiny=TINY_UNET,
+                         ddpmpp=dict(batch=256))),
 }
 
 
@@ -370,7 +371,7 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
     flip is the data's own mirroring (Table 11), of which the network is not told. All others have
-    probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
+    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2."""
     n, p = cfg.batch, cfg.aug
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
@@ -821,6 +822,7 @@ def fetch(name, folder):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)                                    # download_url_to_file has none
     for mirror in mirrors:
         try:
             torch.hub.download_url_to_file(mirror + name, path, sha256, sys.stderr.isatty())
@@ -1384,7 +1386,7 @@ def main(argv=None):
         print(f"saved {cfg.out}/last.pt; the same command goes on from there")
     elif RANK == 0:
         tiny = " --detector tiny" if cfg.dataset in ("glyphs", "fashion_mnist") else ""
-        print(f"done: look at {cfg.out}/samples_*.png, then\n  python probe.py {cfg.out}/last.pt\n"
+        print(f"done: {cfg.out} is complete; next\n  python probe.py {cfg.out}/last.pt\n"
               f"  python fid.py {cfg.out}/last.pt{tiny}")
     return 128 + number if number else 0
 

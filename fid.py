@@ -331,8 +331,10 @@ def open_dataset(name, data_dir, like):
     cfg = readers[name].make_config(name, data_dir=data_dir)
     if like and like.dataset == name != "glyphs":
         cfg = dataclasses.replace(like, data_dir=data_dir)
-    if hasattr(cfg, "tokenizer"):
-        raise UserError(f"{name} is read as latents: name a folder of images or ADM's batch (.npz)")
+    if hasattr(cfg, "tokenizer"):       # latents: the pictures that they stand for
+        files, _, stamps = readers[name].list_folders(cfg, train=True)
+        crop = functools.partial(readers[name].centre_crop, size=cfg.size)
+        return open_files(name, files, digest(repr((cfg.size, stamps)).encode()), crop)
     load = functools.cache(lambda train: readers[name].load_data(cfg, train))
     return images_in_memory(name, load(True)[0], load)
 
@@ -355,17 +357,13 @@ def read_image(file):
         return image.convert("RGB")
 
 
-def open_folder(path):
-    """Images of a folder, not of its subfolders, by name. They may differ in size."""
-    kinds = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-    files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in kinds]
+def open_files(name, files, sha256, crop):
+    """Pictures that are read while they are measured; crop makes pixels (3, H, W) of each."""
     pool = concurrent.futures.ThreadPoolExecutor(8)
-    if not files:
-        raise UserError(f"{path} holds no images; its folders are not looked into: name one")
 
     def read(file):
         try:
-            return torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(crop(read_image(file))))
         except Exception as error:      # Pillow fails in many ways on damaged images
             raise UserError(f"{file} cannot be read as an image ({error})")
 
@@ -376,8 +374,17 @@ def open_folder(path):
                 yield start, images
                 start += len(images)
 
-    sha = digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-    return Side(str(path), len(files), dict(sha256=sha), batches)
+    return Side(name, len(files), dict(sha256=sha256), batches)
+
+
+def open_folder(path):
+    """Images of a folder, not of its subfolders, by name. They may differ in size."""
+    kinds = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+    files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in kinds]
+    if not files:
+        raise UserError(f"{path} holds no images; its folders are not looked into: name one")
+    sha256 = digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return open_files(str(path), files, sha256, lambda image: np.array(image).transpose(2, 0, 1))
 
 
 def open_npz(path):

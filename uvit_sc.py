@@ -18,7 +18,7 @@ Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (ba
           CIFAR-10 4.13, 94.30 % (4.48, 93.67 %); CIFAR-100 7.14, 72.04 % (7.35, 70.66 %)
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, gzip
-import hashlib, inspect, json, math, os, re, signal, sys, tarfile, time, zipfile, zlib
+import hashlib, inspect, json, math, os, re, signal, socket, sys, tarfile, time, zipfile, zlib
 from pathlib import Path
 
 # OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
@@ -88,12 +88,12 @@ class Config:
 
 TINY_UVIT = dict(backbone="uvit_tiny", patch=4, pos_init="sincos", batch=16, lr=6e-4, warmup=0.1,
                  lr_decay=0.5, beta1=0.9, layer="out_1", cl_hidden=512, nfe=50)
-RECIPES = {  # fields of Config by data set
+RECIPES = {  # fields of Config by data set; under a backbone's name, what differs with that one
     "glyphs": dict(TINY_UVIT, epochs=9, flip=False, save_every=1, sample_every=4),
     "fashion_mnist": dict(TINY_UVIT, epochs=2, save_every=1, sample_every=1),
-    "cifar10": {}, "cifar100": {},
+    **dict.fromkeys(("cifar10", "cifar100"), dict(uvit_tiny=TINY_UVIT)),
     **dict.fromkeys(("tiny_imagenet", "imagenet100", "imagenet", "folder"),
-                    dict(patch=4, layer="out_1", t_probe=66)),          # patch 4 as in U-ViT's code
+                    dict(patch=4, layer="out_1", t_probe=66, uvit_tiny=TINY_UVIT)),
 }
 
 
@@ -290,7 +290,7 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
     flip is the data's own mirroring (Table 11), of which the network is not told. All others have
-    probability cfg.aug, yflip half of it; xflip, as flip, 1/2."""
+    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2."""
     n, p = cfg.batch, cfg.aug
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
@@ -741,6 +741,7 @@ def fetch(name, folder):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)                                    # download_url_to_file has none
     for mirror in mirrors:
         try:
             torch.hub.download_url_to_file(mirror + name, path, sha256, sys.stderr.isatty())
@@ -1306,7 +1307,7 @@ def main(argv=None):
         print(f"saved {cfg.out}/last.pt; the same command goes on from there")
     elif RANK == 0:
         tiny = " --detector tiny" if cfg.dataset in ("glyphs", "fashion_mnist") else ""
-        print(f"done: look at {cfg.out}/samples_*.png, then\n  python probe.py {cfg.out}/last.pt\n"
+        print(f"done: {cfg.out} is complete; next\n  python probe.py {cfg.out}/last.pt\n"
               f"  python fid.py {cfg.out}/last.pt{tiny}")
     return 128 + number if number else 0
 

@@ -140,6 +140,9 @@ def test_make_config(script):
             assert (cfg.backbone, cfg.layer, cfg.lr) == (backbone, layer, 0.5)
         cfg = script.make_config(dataset)
         assert cfg == script.make_config(**dataclasses.asdict(cfg)), dataset
+    first = script.make_config()
+    cfg = script.make_config("folder", backbone=first.backbone)     # a small network, one's pictures
+    assert (cfg.batch, cfg.lr, cfg.warmup) == (first.batch, first.lr, first.warmup)
 
 
 def test_default_run_folders_are_apart(script):

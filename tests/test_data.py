@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import http.server
 import io
+import socket
 import tarfile
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -104,7 +106,7 @@ def test_size_that_a_data_set_does_not_have(tmp_path):
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """Serves BODY, by folder: good, missing (404), wrong bytes, cut short, and not at all."""
+    """Serves BODY, by folder: good, missing (404), wrong bytes, cut short, not at all, too late."""
     BODY = b"the published file" * 1000
 
     def do_GET(self):
@@ -115,7 +117,9 @@ class Host(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.BODY)))
         self.end_headers()
-        bodies = dict(good=self.BODY, wrong=self.BODY[::-1], cut=self.BODY[:100], hangup=b"")
+        bodies = dict(good=self.BODY, wrong=self.BODY[::-1], cut=self.BODY[:100], hangup=b"",
+                      late=self.BODY)
+        time.sleep(2 * (kind == "late"))
         self.wfile.write(bodies[kind])
 
     def log_message(self, *args):
@@ -129,6 +133,7 @@ def host():
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
+    socket.setdefaulttimeout(None)
 
 
 def use(host, monkeypatch, *kinds):
@@ -147,9 +152,11 @@ def test_download(host, monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["file.gz"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "wrong", "cut", "hangup", "nobody"])
+@pytest.mark.parametrize("kind", ["missing", "wrong", "cut", "hangup", "late", "nobody"])
 def test_bad_downloads_leave_nothing(host, monkeypatch, tmp_path, kind):
     use(host, monkeypatch, kind)
+    limit = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limit(1))      # not 30
     with pytest.raises(edm_sc.UserError, match="cannot download file.gz") as caught:
         edm_sc.fetch("file.gz", tmp_path)
     message = str(caught.value)

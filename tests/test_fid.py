@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import fid, rf_sc, uvit_sc
+import dit_latent_sc, fid, rf_sc, uvit_sc
 from conftest import ROOT, SMALL, finish, launch
 
 LOAD_DATA = uvit_sc.load_data
@@ -292,6 +292,17 @@ def test_checkpoint_of_a_folder(stub, monkeypatch, photos):
     result = run(checkpoint("rf.pt", rf_sc, data_dir=str(photos), **fields), "--n", 8)
     assert result["B"]["pixels"] == "16 x 16" and result["B"]["n"] == 64
     assert result["A"]["nfe"] > 7
+
+
+def test_reference_of_latents(photos, monkeypatch):
+    """The training pictures, cropped as for the latents."""
+    monkeypatch.setattr(fid, "SCRIPTS", dict(dit_latent_sc=dit_latent_sc))
+    cfg = dit_latent_sc.make_config("folder", data_dir=str(photos), size=12, cell=4,
+                                    tokenizer="unshuffle")
+    found = torch.cat([x for _, x in fid.open_dataset("folder", str(photos), cfg).batches(7)])
+    files = dit_latent_sc.list_folders(cfg, train=True)[0]
+    cropped = [dit_latent_sc.centre_crop(dit_latent_sc.read_image(file), 12) for file in files]
+    assert len(files) == 64 and np.array_equal(found, np.stack(cropped))
 
 
 def test_save(capsys):
