@@ -303,8 +303,8 @@ class DDPM:
 
     def add_noise(self, x_0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps, Eq. (1). x_0 and eps (B, C, H, W), t (B,)."""
-        alpha = self.alpha.to(t.device, non_blocking=True)[t.long()].view(-1, 1, 1, 1)
-        sigma = self.sigma.to(t.device, non_blocking=True)[t.long()].view(-1, 1, 1, 1)
+        alpha = self.alpha.to(t.device, non_blocking=t.is_cuda)[t.long()].view(-1, 1, 1, 1)
+        sigma = self.sigma.to(t.device, non_blocking=t.is_cuda)[t.long()].view(-1, 1, 1, 1)
         return alpha * x_0 + sigma * eps
 
     def inputs(self, x_t, t):
@@ -401,7 +401,7 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
     canvas, source = down.shape[1], up.shape[0]                     # pixels a side
     half = torch.full((2, 1), 0.5)
     offset = (M @ half + 2 * v - half) * (2 / source)               # grid_sample: -1 to 1
-    theta = torch.cat([M * (canvas / source), offset], dim=2).to(x.device, non_blocking=True)
+    theta = torch.cat([M * (canvas / source), offset], dim=2).to(x.device, non_blocking=x.is_cuda)
     grid = F.affine_grid(theta, (len(x), 1, canvas, canvas), align_corners=False)
     return down @ F.grid_sample(up @ x @ up.T, grid, align_corners=False) @ down.T
 
@@ -414,14 +414,15 @@ def make_view(images, view):
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
     x_0 = to_float(images)
+    cuda = x_0.is_cuda              # MPS would read a copy before it is there: PyTorch 189690
     for mirrored, axis in (flip, -1), (xflip, -1), (yflip, -2):
-        mirrored = mirrored.to(x_0.device, non_blocking=True).view(-1, 1, 1, 1) > 0
+        mirrored = mirrored.to(x_0.device, non_blocking=cuda).view(-1, 1, 1, 1) > 0
         x_0 = torch.where(mirrored, x_0.flip(axis), x_0)
     rows = (aug[:, 2:] != 0).any(dim=1).nonzero()[:, 0]             # more than mirrored
     if len(rows):
-        there = rows.to(x_0.device, non_blocking=True)
+        there = rows.to(x_0.device, non_blocking=cuda)
         x_0[there] = transform(x_0[there], *view[rows, 3:].unbind(dim=1))
-    return x_0, aug.to(x_0.device, non_blocking=True)
+    return x_0, aug.to(x_0.device, non_blocking=cuda)
 
 
 # ---- 5. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network --------------
@@ -1013,12 +1014,13 @@ def to_uint8(x):
 
 def read_batches(images, labels, cfg, step, own, device):
     """From a step on, images and labels of this process's rows of each batch, on the device."""
+    cuda = device.type == "cuda"
     while True:
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
-        batch = images[rows.to(images.device, non_blocking=True)]
-        if device.type == "cuda" and not batch.is_cuda:
+        batch = images[rows.to(images.device, non_blocking=cuda)]
+        if cuda and not batch.is_cuda:
             batch = batch.pin_memory()                              # else the CPU waits for a copy
-        yield batch.to(device, non_blocking=True), labels[rows].to(device, non_blocking=True)
+        yield batch.to(device, non_blocking=cuda), labels[rows].to(device, non_blocking=cuda)
         step += 1
 
 
@@ -1182,7 +1184,8 @@ def resume(cfg, data, parts):
         raise UserError(f"--out {cfg.out} holds another run ({'; '.join(other)}); choose another "
                         f"folder; --init {path} starts one anew from its averaged weights")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if state[name]:                                             # {}: a scaler without fp16
+            part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -1232,7 +1235,7 @@ def make_config(dataset="glyphs", **overrides):
     for name, values in {**common, **choices(cfg)}.items():
         check(name, getattr(cfg, name), values)
     named = Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset
-    other = [name for name in overrides if name not in (*FREE, "self_cond", "seed")]
+    other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
     cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg

@@ -20,7 +20,8 @@ Expect    Table 6 (ImageNet, 90 epochs, baseline in brackets): unconditional FID
           64.42 % (29.69, 63.25 %); conditional, not guided, 15.30, 62.46 % (16.01, 62.03 %).
 """
 import argparse, concurrent.futures, contextlib, copy, dataclasses, datetime, functools, hashlib
-import http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request, zlib
+import http.client, inspect, json, math, os, re, shutil, signal, sys, time, urllib.request
+import warnings, zlib
 from pathlib import Path
 
 # OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
@@ -352,7 +353,7 @@ def make_latent_view(latents, view):
     hide, and the shift. A latent cannot be mirrored, as an image can: that of the mirrored image is
     read instead. A crop goes on beyond the border by reflection."""
     cropped = bool(view[:, 2:4].any())                              # view is on the CPU
-    view = view.to(latents.device, non_blocking=True)
+    view = view.to(latents.device, non_blocking=latents.is_cuda)
     rows, S = torch.arange(len(latents), device=latents.device), latents.shape[-1]
     x_0 = latents[rows, view[:, 0].long()].float()
     if cropped:
@@ -1121,8 +1122,8 @@ def count_classes(cfg):
 
 def load_latents(cfg, train):
     """Latents float16 (N, 2, C, h, w) of training or test images and their mirror images, mapped
-    from the file that --encode made, and labels int64 (N,). Those of other images, of another
-    tokenizer or normalised by other statistics are refused."""
+    from the file that --encode made, not to be written to, and labels int64 (N,). Those of other
+    images, of another tokenizer or normalised by other statistics are refused."""
     for split in (True, train):
         if cfg.tokenizer == "unshuffle" and not latents_path(cfg, split).exists():
             encode(cfg, split, torch.device("cpu"))
@@ -1142,22 +1143,25 @@ def load_latents(cfg, train):
     if other:
         raise UserError(f"{path} has other {', '.join(other)} than {home} and what is here; delete "
                         "both and what lies beside them, and encode again")
-    latents = np.memmap(path, np.float16, "c", shape=shape)         # "c": changes stay in memory
+    warnings.filterwarnings("ignore", ".*not writable")             # they are only read
+    latents = np.memmap(path, np.float16, "r", shape=shape)         # "c" would need as much memory
     return torch.from_numpy(latents), torch.tensor(facts["labels"])
 
 
 def read_ahead(images, labels, cfg, step, own, device):
     """From a step on, latents and labels of this process's rows of each global batch, on the
-    device. For a GPU a thread reads one step ahead, as latents come from a disk; on a CPU that
-    would nearly halve the speed: two teams of OpenMP threads do not fit the cores."""
+    device. For CUDA a thread reads one step ahead, as latents come from a disk; on a CPU that would
+    nearly halve the speed, as two teams of OpenMP threads do not fit the cores, and MPS has neither
+    threads nor copies that are safe (PyTorch 197805, 189690)."""
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
-        batch = images[rows.to(images.device, non_blocking=True)]
+        batch = images[rows.to(images.device, non_blocking=images.is_cuda)]
         wait = device.type == "cuda" and not batch.is_cuda
         return batch.pin_memory() if wait else batch, labels[rows]
 
-    while device.type == "cpu":
-        yield read(step)
+    while device.type != "cuda":
+        batch, y = read(step)
+        yield batch.to(device), y.to(device)
         step += 1
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, step)
@@ -1332,7 +1336,8 @@ def resume(cfg, data, parts):
         raise UserError(f"--out {cfg.out} holds another run ({'; '.join(other)}); choose another "
                         f"folder; --init {path} starts one anew from its averaged weights")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if state[name]:                                             # {}: a scaler without fp16
+            part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -1382,7 +1387,7 @@ def make_config(dataset="glyphs", **overrides):
     for name, values in {**common, **choices(cfg)}.items():
         check(name, getattr(cfg, name), values)
     named = Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset
-    other = [name for name in overrides if name not in (*FREE, "self_cond", "seed")]
+    other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
     cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg
@@ -1412,8 +1417,8 @@ def dit_from_official(net, state):
     """LightningDiT's weights for our clock. Its time is 1 - t and its prediction -v: the signs
     of the last layer change; cos((1 - t) w), sin((1 - t) w) are linear in cos t w, sin t w."""
     table = state.get("y_embedder.embedding_table.weight")
-    if net.null and table is not None and len(table) != net.null + 1:
-        net.null = len(table) - 1                          # a folder's, without the data
+    if net.null == 1 and table is not None:                 # a folder's, without the data
+        net.null = len(table) - 1
         net.y_embedder.embedding_table = nn.Embedding(*table.shape)
     if "latent_mean" in state:                              # ours
         return state
@@ -1534,10 +1539,15 @@ def encode_command(argv):
         if WORLD > 1:
             raise UserError("--encode is the work of one process: start it with python")
         for train in (True, False):
-            if not latents_path(cfg, train).exists():
-                encode(cfg, train, start(cfg))
-            load_latents(cfg, train)
-            print(f"{latents_path(cfg, train)} is complete")
+            try:
+                if not latents_path(cfg, train).exists():
+                    encode(cfg, train, start(cfg))
+                load_latents(cfg, train)
+                print(f"{latents_path(cfg, train)} is complete")
+            except UserError as error:
+                if train or cfg.dataset != "folder":
+                    raise
+                print(f"no test latents, which probe.py needs: {error}")
     except UserError as error:
         fail(error)
     return 0

@@ -332,9 +332,12 @@ def open_dataset(name, data_dir, like):
     if like and like.dataset == name != "glyphs":
         cfg = dataclasses.replace(like, data_dir=data_dir)
     if hasattr(cfg, "tokenizer"):       # latents: the pictures that they stand for
-        files, _, stamps = readers[name].list_folders(cfg, train=True)
-        crop = functools.partial(readers[name].centre_crop, size=cfg.size)
-        return open_files(name, files, digest(repr((cfg.size, stamps)).encode()), crop)
+        dit = SCRIPTS["dit_latent_sc"]
+        files, _, stamps = dit.list_folders(cfg, train=True)
+        bad = dit.read_facts(dit.latents_path(cfg, True)).get("bad", {})        # left out there
+        files = [file for i, file in enumerate(files) if str(i) not in bad]
+        crop = functools.partial(dit.centre_crop, size=cfg.size)
+        return open_files(name, files, digest(repr((cfg.size, stamps, bad)).encode()), crop)
     load = functools.cache(lambda train: readers[name].load_data(cfg, train))
     return images_in_memory(name, load(True)[0], load)
 
@@ -414,11 +417,9 @@ def open_checkpoint(path, args, device, save):
     except Exception as error:      # torch.load fails in many ways
         raise UserError(f"{path} is no checkpoint of {', '.join(SCRIPTS)} ({str(error)[:200]})")
     cfg, net = script.load_checkpoint(path, weights=args.weights)
-    settings = dataclasses.asdict(cfg)
-    for name in ("nfe", "guidance", "data_dir", "vae", "amp"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    cfg, net = script.make_config(**settings), net.to(device)
+    names = ("nfe", "guidance", "data_dir", "vae", "amp")
+    given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    cfg, net = script.make_config(**{**dataclasses.asdict(cfg), **given}), net.to(device)
     seeds = range(args.seed, args.seed + args.n)
     precision = str(script.autocast(cfg, device).fast_dtype).removeprefix("torch.")
     facts = dict(script=script.SCRIPT, step=state["step"], weights=args.weights, nfe=cfg.nfe,
@@ -517,7 +518,8 @@ def evaluate(args, device):
                   load_inception(args.inception, args.data_dir, args.resize)).to(device)
     target = measure_reference(b, net, args, device)
     gaussian, inception_score = measure(a, net, device, args.batch)
-    counts = [a.n] if b.load else [a.n, b.n]        # a data set is all there is
+    whole = b.load or (a.cfg and b.name == a.cfg.dataset)       # a data set is all there is
+    counts = [a.n] if whole else [a.n, b.n]
     name = "FD-tiny" if tiny else score_name(None if None in counts else min(counts))
     result = dict(inception_score=inception_score, score=name,
                   value=frechet_distance(*gaussian, *target))

@@ -87,7 +87,7 @@ class Features:
         with module.autocast(net.cfg, device):
             last = self.args.known[self.layers[-1]]
             feats = module.features(net, x_0, self.t, eps, last=last, place=place)
-        # Narrow layers get zeros, which change nothing; float16 rounds less than the noise does.
+        # Narrow layers get zeros, which change little; float16 rounds less than the noise does.
         feats = torch.nn.utils.rnn.pad_sequence([feats[layer].T for layer in self.layers])
         return feats.permute(2, 1, 0).clamp(-65504, 65504).half().cpu().numpy()
 
@@ -154,7 +154,7 @@ def ridge(get, rows, labels, args, penalty=1e-4):
     mean, share = xx[:, :-1, -1:], xy[:, -1:]
     covariance = xx[:, :-1, :-1] - mean @ mean.mT
     scale = covariance.diagonal(dim1=1, dim2=2)[..., None].clamp(min=0).sqrt() + 1e-6
-    correlation = covariance / (scale @ scale.mT) + penalty * torch.eye(len(scale[0])).to(scale)
+    correlation = covariance / (scale @ scale.mT) + penalty * torch.eye(scale.shape[1]).to(scale)
     W = torch.linalg.solve(correlation, (xy[:, :-1] - mean @ share) / scale) / scale
     return W.float(), (share - mean.mT @ W).float()
 

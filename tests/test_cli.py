@@ -141,7 +141,7 @@ def test_make_config(script):
         cfg = script.make_config(dataset)
         assert cfg == script.make_config(**dataclasses.asdict(cfg)), dataset
     first = script.make_config()
-    cfg = script.make_config("folder", backbone=first.backbone)     # a small network, one's pictures
+    cfg = script.make_config("folder", backbone=first.backbone)     # on pictures of one's own
     assert (cfg.batch, cfg.lr, cfg.warmup) == (first.batch, first.lr, first.warmup)
 
 
@@ -159,6 +159,7 @@ def test_default_run_folders_are_apart(script):
     outs = [folder(**fields) for fields in runs]
     assert len(set(outs)) == len(runs) and "cats" in outs[-2] and "dogs" in outs[-1]
     assert folder(lr=0.5, steps=5) == folder(lr=0.5, device="cpu", accum=2) == folder(lr=0.5)
+    assert folder(lr=0.5, batch=8) == folder(batch=8, lr=0.5)
 
 
 def test_help_has_every_field(script, capsys):

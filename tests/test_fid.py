@@ -294,15 +294,21 @@ def test_checkpoint_of_a_folder(stub, monkeypatch, photos):
     assert result["A"]["nfe"] > 7
 
 
-def test_reference_of_latents(photos, monkeypatch):
+def test_reference_of_latents(stub, photos, monkeypatch):
     """The training pictures, cropped as for the latents."""
     monkeypatch.setattr(fid, "SCRIPTS", dict(dit_latent_sc=dit_latent_sc))
-    cfg = dit_latent_sc.make_config("folder", data_dir=str(photos), size=12, cell=4,
-                                    tokenizer="unshuffle")
+    cfg = dit_latent_sc.make_config("folder", data_dir=str(photos), size=12, cell=4, nfe=1,
+                                    tokenizer="unshuffle", backbone="dit_tiny")
     found = torch.cat([x for _, x in fid.open_dataset("folder", str(photos), cfg).batches(7)])
     files = dit_latent_sc.list_folders(cfg, train=True)[0]
     cropped = [dit_latent_sc.centre_crop(dit_latent_sc.read_image(file), 12) for file in files]
     assert len(files) == 64 and np.array_equal(found, np.stack(cropped))
+    result = run(checkpoint("dit.pt", dit_latent_sc, **vars(cfg)), "--n", 70)
+    assert (result["score"], result["B"]["n"]) == ("FID-70", 64)    # of all images that there are
+    dit_latent_sc.write_facts(dit_latent_sc.latents_path(cfg, True), dict(bad={"3": "", "60": ""}))
+    side = fid.open_dataset("folder", str(photos), cfg)
+    found = [image for _, images in side.batches(7) for image in images]
+    assert side.n == 62 and np.array_equal(found[-1], cropped[63])  # but what --encode left out
 
 
 def test_save(capsys):

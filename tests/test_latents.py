@@ -1,6 +1,7 @@
 """Latents of dit_latent_sc.py: the tokenizer's layout and its file, --encode, and what is refused.
 Numbers of the public VA-VAE were compared once, with its code."""
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -221,6 +222,30 @@ def test_what_does_not_belong_together_is_refused(cfg, tmp_path, monkeypatch):
     (tmp_path / "val").symlink_to(tmp_path / "train")
     with pytest.raises(dit.UserError, match="has other images than"):
         dit.load_data(cfg, False)
+
+
+def test_folder_without_test_images(pictures, capsys):
+    """Class folders alone are enough to train."""
+    words = ["--size", "4", "--tokenizer", "unshuffle", "--cell", "2"]
+    words = ["--encode", "--dataset", "folder", "--data_dir", str(pictures / "val"), *words]
+    assert dit.encode_command(words) == 0
+    out = capsys.readouterr().out
+    assert "train.latents is complete" in out and "no test latents, which probe.py needs" in out
+
+
+def test_latents_larger_than_memory(tmp_path):
+    """They are mapped as what is only read: the system would refuse a copy of that size."""
+    cfg = dit.make_config("folder", data_dir=str(tmp_path), size=4096, cell=1,
+                          tokenizer="unshuffle")
+    size = 4 * 3 * 4096 ** 2
+    N = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // size
+    path = dit.latents_path(cfg, True)
+    facts = dict(labels=[0] * N, mean=[0] * 3, std=[1] * 3, tokenizer=dit.tokenizer_hash(cfg))
+    dit.write_facts(path, facts)
+    with open(path, "wb") as file:
+        file.truncate(N * size)         # takes no room
+    latents, _ = dit.load_data(cfg, True)
+    assert len(latents) == N and not latents[N - 1, 1, :, 9, 9].any()
 
 
 def test_vavae_on_a_cpu(pictures, small_vae):

@@ -96,6 +96,8 @@ def test_ridge_is_least_squares_of_any_scale():
     assert scores[0][1] > 90 and max(scores[0][0], scores[0][2]) < 50
     feats[:, :, 4:] = 3     # dead features, and fewer images than features
     assert all(v.isfinite().all() for v in probe.ridge(reader(feats), ALL[:6], labels, ARGS))
+    none = reader(feats[:0])            # of a process that has no layer, as others are more
+    assert probe.ridge(none, ALL, labels, ARGS)[0].shape == (0, 8, 4)
 
 
 def test_neighbours_vote():

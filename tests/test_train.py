@@ -356,6 +356,26 @@ def test_retrofit(script, tmp_path, capsys):
 
 
 @only("dit_latent_sc")
+def test_init_from_other_classes(script, config, tmp_path):
+    """Is refused: the run could not be resumed."""
+    net = small_net(script)
+    table = net.y_embedder.embedding_table
+    net.y_embedder.embedding_table = torch.nn.Embedding(4, table.embedding_dim)
+    torch.save(dict(ema=net.state_dict()), tmp_path / "other.pt")
+    with pytest.raises(script.UserError, match="does not fit this network.*embedding_table"):
+        script.train(config(steps=1, init=str(tmp_path / "other.pt")))
+
+
+@one
+def test_a_scaler_may_be_new(script, config):
+    """A run in float32 or bf16 goes on where the GPU has fp16 alone."""
+    cfg = config()
+    off, on = (torch.amp.GradScaler("cpu", enabled=fp16) for fp16 in (False, True))
+    script.save(cfg, "data", "last.pt", 3, dict(scaler=off))
+    assert script.resume(cfg, "data", dict(scaler=on)) == 3
+
+
+@only("dit_latent_sc")
 def test_init_keeps_what_these_latents_are_normalised_by(script, config, tmp_path):
     """Weights may come from a run on other latents."""
     net = small_net(script)
