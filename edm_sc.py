@@ -306,7 +306,7 @@ class EDM:
     uncertainty = Uncertainty
 
     def __init__(self, cfg):
-        self.steps = (cfg.nfe + 1) // 2             # two evaluations each, the last takes one
+        self.levels = (cfg.nfe + 1) // 2            # two evaluations each, the last takes one
 
     def draw_t(self, n, generator):
         """Training times (n,) float32: ln sigma ~ N(-1.2, 1.2^2)."""
@@ -336,7 +336,7 @@ class EDM:
 
     def times(self):
         """The sampler's noise levels from 80 to 0.002, rho = 7 (Table 8), then 0."""
-        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        ramp = torch.linspace(0, 1, self.levels, dtype=torch.float64)
         levels = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         return levels.tolist() + [0.0]
 
@@ -355,7 +355,7 @@ class EDM:
             d = slope(x, t)
             euler = x + (s - t) * d
             x = x + (s - t) * (d + slope(euler, s)) / 2 if s > 0 else euler
-        return x, 2 * self.steps - 1
+        return x, 2 * self.levels - 1
 
 
 Network, build_net, Diffusion = UNet, UNet, EDM
@@ -663,8 +663,8 @@ def train(cfg):
             epoch, last = step * cfg.batch // N, step == total
             save_due = due(cfg.save_every, epoch, (step - 1) * cfg.batch // N, last)
             sample_due = due(cfg.sample_every, epoch, (step - 1) * cfg.batch // N, last)
-            now = step <= 50 or step % 10 == 0                      # all processes agree on this
-            if now or save_due or last or (WORLD == 1 and caught):
+            log_due = step <= 50 or step % 10 == 0                  # all processes agree on this
+            if log_due or save_due or last or (WORLD == 1 and caught):
                 stop = torch.tensor(max(caught, default=0), device=device)
                 if WORLD > 1:
                     dist.all_reduce(sums)
@@ -684,10 +684,10 @@ def train(cfg):
                 logged, clock = step, time.time()
             if save_due:
                 save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
-            if save_due or last or stop or (now and time.time() - saved > 600):
+            if save_due or last or stop or (log_due and time.time() - saved > 600):
                 save(cfg, data, "last.pt", step, parts)
                 saved = time.time()
-            if sample_due:
+            if sample_due and not stop:
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
     return stop if step < total else 0
@@ -770,10 +770,10 @@ def draw_glyphs(n, seed):
     """n digits in random pose and colour, lighter or darker than the ground: uint8 (n, 3, 16, 16),
     labels (n,) = 0..9 in turn. The same bytes everywhere: RandomState's streams are frozen, and
     + - * / sqrt are exact; no sin, no font."""
-    rng, labels = np.random.RandomState(seed), np.arange(n) % 10
+    random, labels = np.random.RandomState(seed), np.arange(n) % 10
 
     def uniform(low, high, size=1):
-        return (low + (high - low) * rng.random_sample((n, size))).astype(np.float32)
+        return (low + (high - low) * random.random_sample((n, size))).astype(np.float32)
 
     grid = np.arange(-7.5, 8, dtype=np.float32)
     x0, y0 = np.tile(grid, 16), np.repeat(grid, 16)                 # pixel centres (256,)
@@ -799,7 +799,7 @@ def draw_glyphs(n, seed):
     slope = uniform(-0.005, 0.005) * x0 + uniform(-0.005, 0.005) * y0
     back = back[:, :, None] + slope[:, None]                        # a gradient (n, 3, 256)
     image = np.clip(back + (front[:, :, None] - back) * ink[:, None], 0, 1) * np.float32(255)
-    image = np.clip(image + rng.randint(-2, 3, (n, 3, 256)) + 0.5, 0, 255)
+    image = np.clip(image + random.randint(-2, 3, (n, 3, 256)) + 0.5, 0, 255)
     return image.astype(np.uint8).reshape(n, 3, 16, 16), labels
 
 
@@ -920,7 +920,8 @@ def list_folders(cfg, train):
         raise UserError(f"{here}: {root} has {there}; --dataset {cfg.dataset} reads train/CLASS "
                         "and val/CLASS, or CLASS alone where nothing is named like a split")
     split, classes = (homes if train else tests)[0], subfolders(homes[0])
-    files, labels, others, seen = [], [], 0, {os.path.realpath(split)}
+    files, labels, seen = [], [], {os.path.realpath(split)}
+    others = sum(entry.name.lower().endswith(KINDS) for entry in visible(split))
     for name in subfolders(split):
         paths = list(walk(split / name, seen))
         pictures = [path for path in paths if path.lower().endswith(KINDS)]
@@ -933,10 +934,11 @@ def list_folders(cfg, train):
     wanted = DATASETS[cfg.dataset][2] or len(classes)
     if len(classes) != wanted or not files:
         raise UserError(f"{here}: {homes[0]} has {len(classes)} class folders and {split} has "
-                        f"{len(files)} pictures; --dataset {cfg.dataset} needs {wanted or 'some'}")
+                        f"{len(files)} pictures in such folders; --dataset {cfg.dataset} needs "
+                        f"{wanted or 'some'}")
     if RANK == 0:
         names = ", ".join(classes if len(classes) < 3 else [classes[0], "...", classes[-1]])
-        note = f"; {others} other files are no pictures" if others else ""
+        note = f"; {others} other files are left out" if others else ""
         print(f"{split}: {len(classes)} classes ({names}), {len(files)} images{note}", flush=True)
     return files, labels, [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
 
@@ -1014,7 +1016,8 @@ def load_data(cfg, train):
         raise
     except Exception as error:                                      # damage shows in many ways
         raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read "
-                        f"({' '.join(str(error).split())}); delete what is damaged")
+                        f"({' '.join(str(error).split())}); delete what is damaged; the "
+                        "folder must be writable")
     if images.shape[2] != cfg.size:
         raise UserError(f"--size {cfg.size}: {cfg.dataset} has {images.shape[2]} pixels a side")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
@@ -1126,7 +1129,8 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """Matrix products in bf16 where the GPU has it, else in fp16 (scaled); weights stay float32."""
+    """On CUDA matrix products in bf16, or in fp16 (scaled) where the GPU has no bf16. Weights stay
+    float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         good = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1262,6 +1266,8 @@ def make_config(dataset="glyphs", **overrides):
     named = Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset
     other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
+    if cfg.init:
+        words += ["init", Path(cfg.init).parent.name, Path(cfg.init).stem]
     cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg
 
@@ -1301,11 +1307,12 @@ layers, choices, from_official = unet_layers, unet_choices, unet_from_official
 def load_weights(net, path, weights="ema", start=False):
     """Fills net from a checkpoint, or from a state_dict with the official names. All must be there
     and fit, but for what self-conditioning adds to a network that was trained without it: that
-    begins without effect, W = 0, and is named. start: buffers, which describe the data, stay."""
+    begins with W = 0 and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
         state = from_official(net, state.get(weights, state))
-        added = [k for k in own if k.startswith(("sc_", "cls_token")) and k not in state]
+        added = [k for k in own if k.startswith(("sc_", "cls_token"))]
+        added = [] if any(k in state for k in added) else added
         for name in added:                                          # [SC]
             idle = name.startswith(("sc_proj", "cls_token"))
             state[name] = torch.zeros_like(own[name]) if idle else own[name]
@@ -1314,16 +1321,16 @@ def load_weights(net, path, weights="ema", start=False):
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}")
     if added and RANK == 0:
-        print(f"{path} has no {', '.join(added)}: new, without effect at first")
+        print(f"{path} has no {', '.join(added)}: new, with little or no effect at first")
 
 
-def load_checkpoint(path, weights="ema"):
+def load_checkpoint(path, weights="ema", **changes):
     """(cfg, net in eval mode) of a checkpoint of this script; weights: 'ema', or 'model', the raw
-    ones in last.pt."""
+    ones in last.pt. changes: fields to be set otherwise."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != SCRIPT or weights not in state:
         raise UserError(f"{path} is no checkpoint of {SCRIPT} with {weights} weights")
-    cfg = make_config(**state["config"])
+    cfg = make_config(**{**state["config"], **changes})
     net = build_net(cfg)
     load_weights(net, path, weights)
     return cfg, net.eval()
@@ -1349,8 +1356,7 @@ def parse_command_line(argv):
 
 def sample_command(given, args):
     """--sample CKPT: a PNG beside the checkpoint."""
-    cfg, net = load_checkpoint(args.sample)
-    cfg = make_config(**{**dataclasses.asdict(cfg), "seed": 0, **given})
+    cfg, net = load_checkpoint(args.sample, **{"seed": 0, **given})
     images = sample(net.to(start(cfg)), cfg, range(cfg.seed, cfg.seed + args.n), progress=True)
     words = [f"{name}_{value}" for name, value in given.items() if name not in (*FREE, "seed")]
     words.append(f"seeds{cfg.seed}-{cfg.seed + args.n - 1}.png")
@@ -1395,4 +1401,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # leaves no half-written file
     leave(main() or 0)

@@ -84,6 +84,8 @@ def test_checkpoints_that_are_none(script, capsys, tmp_path):
     assert not (tmp_path / "harm").exists()
     with pytest.raises(script.UserError, match="with model weights"):
         script.load_checkpoint(tmp_path / "good.pt", "model")
+    line = ends_with_one_line(script, ["--sample", tmp_path / "good.pt", "--patch", 8], capsys)
+    assert "good.pt does not fit this network" in line          # another network than was trained
 
 
 @one
@@ -160,6 +162,7 @@ def test_default_run_folders_are_apart(script):
     assert len(set(outs)) == len(runs) and "cats" in outs[-2] and "dogs" in outs[-1]
     assert folder(lr=0.5, steps=5) == folder(lr=0.5, device="cpu", accum=2) == folder(lr=0.5)
     assert folder(lr=0.5, batch=8) == folder(batch=8, lr=0.5)
+    assert len({folder(), folder(init="runs/a/last.pt"), folder(init="runs/b/last.pt")}) == 3
 
 
 def test_help_has_every_field(script, capsys):

@@ -1,12 +1,16 @@
 """Folders of pictures: the rules of the data section, with inputs that were met in use."""
 import io
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import edm_sc
+from conftest import ROOT
 
 
 def tree(root, files):
@@ -69,7 +73,8 @@ def test_layouts(tmp_path, layout):
 @pytest.mark.parametrize("files, line", [
     ("bird/a.png cat/b.png cat/c.png dog/d.png", "3 classes (bird, ..., dog), 4 images\n"),
     ("cat/b.png dog/c.png", "2 classes (cat, dog), 2 images\n"),
-    ("cat/a.png cat/.b.txt cat/x/c.txt cat/d.txt", "1 images; 2 other files are no pictures\n")])
+    ("cat/a.png cat/.b.txt cat/x/c.txt cat/d.txt", "1 images; 2 other files are left out\n"),
+    ("cat/a.png b.png c.png notes.txt", "1 classes (cat), 1 images; 2 other files are left out\n")])
 def test_start_line(tmp_path, capsys, files, line):
     load(tree(tmp_path, files))
     assert capsys.readouterr().out.endswith(line)
@@ -95,6 +100,22 @@ def test_links(tmp_path):
                          "owl": tree(tmp_path / "owls", "a.png")}.items():
         (data / "train" / link).symlink_to(target)
     assert load(data)[1].tolist() == [0, 0, 0, 0, 1, 2]
+
+
+def test_terminated_while_decoding(tmp_path):
+    """No half-written copy stays: of ImageNet it may have gigabytes."""
+    tree(tmp_path, " ".join(f"cat/{i}.png" for i in range(50)))
+    words = ["--dataset", "folder", "--data_dir", str(tmp_path), "--device", "cpu"]
+    slow = ("import runpy, sys, time; from PIL import Image\n"
+            f"Image.open, sys.argv[1:] = (lambda *_, **more: time.sleep(0.5)), {words}\n"
+            "runpy.run_path('edm_sc.py', run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".*.part")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 143 and not list(tmp_path.glob(".*.part"))
 
 
 def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):

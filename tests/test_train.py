@@ -111,9 +111,12 @@ def test_signals_save_and_leave(script, config, monkeypatch, capsys, number):
             os.kill(os.getpid(), number)
         return update_ema(*args)
     monkeypatch.setattr(script, "update_ema", interrupted)
-    cfg = config(steps=6)
+    cfg = config(steps=6, batch=64, sample_every=1)             # of 64 images: an epoch is a step
+    drawn = []
+    monkeypatch.setattr(script, "sample", lambda *args: drawn.append(1) or torch.zeros(80, 3, 1, 1))
+    monkeypatch.setattr(script, "save_grid", lambda *args: None)
     monkeypatch.setattr(script, "make_config", lambda **given: cfg)
-    assert script.main([]) == 128 + number
+    assert script.main([]) == 128 + number and len(drawn) == 2      # then it does not stop to draw
     assert "the same command goes on" in capsys.readouterr().out
     assert final(cfg.out)["step"] == 3 and signal.getsignal(number) is before
     assert script.main([]) == 0 and final(cfg.out)["step"] == 6
@@ -353,6 +356,10 @@ def test_retrofit(script, tmp_path, capsys):
         assert torch.equal(a, b) if method != "cls" else (a - b).norm() < 0.1 * a.norm()
         assert all(torch.equal(p, dict(net.named_parameters())[name])
                    for name, p in baseline.named_parameters() if name != "pos_embed")
+    if methods != ["cls"]:              # half of what is added: W is trained, a random s would scale it
+        torch.save(dict(net.state_dict()), tmp_path / "add.pt")
+        with pytest.raises(script.UserError, match="add.pt does not fit this network.*sc_time"):
+            script.load_weights(small_net(script, self_cond="adaptive"), tmp_path / "add.pt")
 
 
 @only("dit_latent_sc")
