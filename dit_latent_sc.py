@@ -955,7 +955,7 @@ def find_vae(cfg):
 @functools.lru_cache
 def file_hash(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def tokenizer_hash(cfg):

@@ -228,12 +228,11 @@ def tables():
 
 
 def write(path, lines):
-    if "<!-- claim -->" not in path.read_text():
-        return
-    before, rest = path.read_text().split("<!-- claim -->\n")
-    after = rest.split("<!-- end claim -->", 1)[1]
-    text = "\n".join(lines)
-    path.write_text(f"{before}<!-- claim -->\n{text}\n<!-- end claim -->{after}")
+    before, found, rest = path.read_text("utf-8").partition("<!-- claim -->\n")
+    if found:
+        text = "\n".join(lines)
+        end = rest[rest.index("<!-- end claim -->"):]
+        path.write_text(f"{before}{found}{text}\n{end}", "utf-8")
 
 
 def read_results():

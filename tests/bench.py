@@ -204,8 +204,9 @@ def write_tables(page):
                           f"{best['memory_gb']:.1f}", hours]
             text += f"| {' | '.join(cells)} |\n"
     start, end = "<!-- measured -->\n", "<!-- end -->"
-    before, rest = page.read_text().split(start)
-    page.write_text(before + start + (text or "\nNo card yet.\n") + "\n" + end + rest.split(end)[1])
+    before, rest = page.read_text("utf-8").split(start)
+    text = before + start + (text or "\nNo card yet.\n") + "\n" + end + rest.split(end)[1]
+    page.write_text(text, "utf-8")
 
 
 def main():

@@ -153,8 +153,9 @@ def start(words, processes=1, **kwargs):
     command = [sys.executable, *words]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+                        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+                        "--local_addr=localhost"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment, **kwargs)
@@ -165,8 +166,11 @@ def launch(script, arguments, processes=1, **kwargs):
     return start([str(ROOT / f"{script}.py"), *map(str, arguments)], processes, **kwargs)
 
 
-def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
+def finish(process, timeout=1200):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()                          # if it hangs
     return process.returncode, out, err
 
 
@@ -176,7 +180,6 @@ def ends_with_one_line(script, arguments, capsys):
         script.main(list(map(str, arguments)))
     err = capsys.readouterr().err.replace("\r", "\n").splitlines()
     lines = [line for line in err if line.strip() and not line.startswith("note: ")]
-    lines = [line for line in lines if "step/s" not in line]            # the bar of the steps
     assert caught.value.code == 2 and len(lines) == 1, lines
     assert lines[0].startswith(f"{script.SCRIPT}: ")
     return lines[0]
@@ -236,6 +239,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)              # what a launcher has left there
+    os.environ["no_proxy"] = "127.0.0.1"
     config.addinivalue_line("markers", "slow: not run unless --slow is given, and then alone")
     config.addinivalue_line("markers", "numeric: results that depend on how a CPU rounds; .ci/run "
                             "runs them once more without AVX-512")

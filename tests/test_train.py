@@ -3,7 +3,6 @@ nothing. It is one text in all scripts (test_copies.py), so most of this is trie
 import dataclasses
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,8 @@ def test_run_folder(script, config):
                           "optimizer", "scaler"}
     part = torch.load(Path(cfg.out, "ckpt_0001.pt"), weights_only=True)
     assert set(part) == {"script", "config", "step", "data", "ema"} and part["step"] == 8
+    end = torch.load(Path(cfg.out, "ckpt_0002.pt"), weights_only=True)
+    assert same(end["ema"], state["ema"]) and not same(end["ema"], state["model"])
     assert state["step"] == 16 and state["script"] == "uvit_sc"     # 2 epochs, 64 images, 8 a step
     assert script.Config(**state["config"]) == cfg
     line = log(cfg.out)[-1]
@@ -306,6 +307,8 @@ def test_mixed_precision(script, config, amp):
     assert all(p.dtype == torch.float32 for p in state["model"].values())
     assert bool(state["scaler"]) == (amp == "fp16")
     assert 0 < max(abs(a / b - 1) for a, b in pairs) < 2 ** -6
+    norm, exact = (log(run.out)[0]["grad_norm"] for run in (cfg, plain))
+    assert norm == pytest.approx(exact, rel=2 ** -6)            # of gradients without fp16's scale
 
 
 @pytest.mark.slow
@@ -356,7 +359,7 @@ def test_retrofit(script, tmp_path, capsys):
         assert torch.equal(a, b) if method != "cls" else (a - b).norm() < 0.1 * a.norm()
         assert all(torch.equal(p, dict(net.named_parameters())[name])
                    for name, p in baseline.named_parameters() if name != "pos_embed")
-    if methods != ["cls"]:              # half of what is added: W is trained, a random s would scale it
+    if methods != ["cls"]:              # half of what is added: a new s would scale a trained W
         torch.save(dict(net.state_dict()), tmp_path / "add.pt")
         with pytest.raises(script.UserError, match="add.pt does not fit this network.*sc_time"):
             script.load_weights(small_net(script, self_cond="adaptive"), tmp_path / "add.pt")
