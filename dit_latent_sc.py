@@ -94,7 +94,7 @@ class Config:
 
 TINY_DIT = dict(backbone="dit_tiny", tokenizer="unshuffle", cell=4, batch=32, lr=1.5e-3, warmup=0.3,
                 lr_decay=0.8, beta2=0.999, layer="block_4", cl_hidden=512, nfe=50, clip=1.0)
-RECIPES = {  # fields of Config by data set; under `unconditional` those that differ with --uncond
+RECIPES = {  # fields of Config by data set, and those that differ with a backbone or --uncond
     "glyphs": dict(TINY_DIT, epochs=5, flip=False, guidance=1.0, save_every=1, sample_every=4),
     "imagenet100": dict(size=256, ema_ramp=False, unconditional=dict(epochs=1400)),
     "imagenet": dict(size=256, ema_ramp=False, epochs=90, save_every=10, sample_every=10,
@@ -601,7 +601,7 @@ def train(cfg):
             if save_due or last or stop or (log_due and time.time() - saved > 600):
                 save(cfg, data, "last.pt", step, parts)
                 saved = time.time()
-            if sample_due and not stop:
+            if sample_due and (last or not stop):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
     return stop if step < total else 0
@@ -1247,9 +1247,11 @@ def one_process_first():
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         if LOCAL_RANK > 0:
             dist.barrier(group)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # leaves no half a file
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         if WORLD > 1 and LOCAL_RANK == 0:
             dist.barrier(group)
 
@@ -1393,7 +1395,7 @@ def make_config(dataset="glyphs", **overrides):
     other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
     if cfg.init:
-        words += ["init", Path(cfg.init).parent.name, Path(cfg.init).stem]
+        words += ["init", Path(cfg.init).resolve().parent.name, Path(cfg.init).stem]
     cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg
 
@@ -1418,12 +1420,12 @@ def dit_choices(cfg):
                 self_cond=("adaptive", "adaptive1", "add", "none"))
 
 
-def dit_from_official(net, state):
+def dit_from_official(net, state, start):
     """LightningDiT's weights for our clock. Its time is 1 - t and its prediction -v: the signs
     of the last layer change; cos((1 - t) w), sin((1 - t) w) are linear in cos t w, sin t w."""
     table = state.get("y_embedder.embedding_table.weight")
-    if net.null == 1 and table is not None:                 # a folder's, without the data
-        net.null = len(table) - 1
+    if net.null and table is not None and not start and len(table) != net.null + 1:
+        net.null = len(table) - 1                           # a folder that is gone or has changed
         net.y_embedder.embedding_table = nn.Embedding(*table.shape)
     if "latent_mean" in state:                              # ours
         return state
@@ -1446,7 +1448,7 @@ def load_weights(net, path, weights="ema", start=False):
     begins with W = 0 and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
-        state = from_official(net, state.get(weights, state))
+        state = from_official(net, state.get(weights, state), start)
         added = [k for k in own if k.startswith(("sc_", "cls_token"))]
         added = [] if any(k in state for k in added) else added
         for name in added:                                          # [SC]
@@ -1550,7 +1552,7 @@ def encode_command(argv):
                 load_latents(cfg, train)
                 print(f"{latents_path(cfg, train)} is complete")
             except UserError as error:
-                if train or cfg.dataset != "folder":
+                if train or cfg.dataset != "folder" or "and val/CLASS" not in str(error):
                     raise
                 print(f"no test latents, which probe.py needs: {error}")
     except UserError as error:
@@ -1559,5 +1561,4 @@ def encode_command(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # leaves no half-written file
     leave(encode_command(sys.argv[1:]) if "--encode" in sys.argv else main() or 0)

@@ -11,7 +11,7 @@ ADM's. Scores compare only at equal N, reference, sampler and detector: hence th
     torchrun --nproc_per_node=2 fid.py ...            # share the work; the same numbers
 """
 import argparse, collections, concurrent.futures, contextlib, dataclasses, datetime, functools
-import hashlib, importlib, itertools, json, math, os, sys, time
+import hashlib, importlib, itertools, json, math, os, socket, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,7 @@ def load_inception(file, folder, resize):
     try:
         if not file and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)        # download_url_to_file has none
             torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:      # there are many ways to fail
@@ -513,7 +514,8 @@ def evaluate(args, device):
     args.data_dir = args.data_dir or getattr(a.cfg, "data_dir", "data")
     b = in_turn(lambda: open_side(args.B or a.cfg.dataset, args, device, like=a.cfg))
     if tiny and not b.load:
-        raise UserError("--detector tiny learns from a data set, which must be the reference")
+        raise UserError("--detector tiny learns from a data set of pixels (not of latents), which "
+                        "must be the reference")
     net = in_turn(lambda: load_detector(b, args.data_dir) if tiny else
                   load_inception(args.inception, args.data_dir, args.resize)).to(device)
     target = measure_reference(b, net, args, device)

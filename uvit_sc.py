@@ -606,7 +606,7 @@ def train(cfg):
             if save_due or last or stop or (log_due and time.time() - saved > 600):
                 save(cfg, data, "last.pt", step, parts)
                 saved = time.time()
-            if sample_due and not stop:
+            if sample_due and (last or not stop):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
                 save_grid(grid, out / f"samples_{epoch:04d}.png")
     return stop if step < total else 0
@@ -935,8 +935,7 @@ def load_data(cfg, train):
         raise
     except Exception as error:                                      # damage shows in many ways
         raise UserError(f"--data_dir {cfg.data_dir}: {cfg.dataset} cannot be read "
-                        f"({' '.join(str(error).split())}); delete what is damaged; the "
-                        "folder must be writable")
+                        f"({' '.join(str(error).split())}); delete what is damaged")
     if images.shape[2] != cfg.size:
         raise UserError(f"--size {cfg.size}: {cfg.dataset} has {images.shape[2]} pixels a side")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
@@ -1040,9 +1039,11 @@ def one_process_first():
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         if LOCAL_RANK > 0:
             dist.barrier(group)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # leaves no half a file
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         if WORLD > 1 and LOCAL_RANK == 0:
             dist.barrier(group)
 
@@ -1186,7 +1187,7 @@ def make_config(dataset="glyphs", **overrides):
     other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
     if cfg.init:
-        words += ["init", Path(cfg.init).parent.name, Path(cfg.init).stem]
+        words += ["init", Path(cfg.init).resolve().parent.name, Path(cfg.init).stem]
     cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
     return cfg
 
@@ -1213,7 +1214,7 @@ def uvit_choices(cfg):
                 layer=uvit_layers(cfg), aug_mask=(0, 1), cl_feature=("cls", "gap"))
 
 
-def uvit_from_official(net, state):
+def uvit_from_official(net, state, start):
     """Weights as they are; where they have no [CLS], its row of positions is added, as zeros."""
     if net.cls and "cls_token" not in state:                        # [SC]
         place = state["pos_embed"]                                  # [SC]
@@ -1231,7 +1232,7 @@ def load_weights(net, path, weights="ema", start=False):
     begins with W = 0 and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
-        state = from_official(net, state.get(weights, state))
+        state = from_official(net, state.get(weights, state), start)
         added = [k for k in own if k.startswith(("sc_", "cls_token"))]
         added = [] if any(k in state for k in added) else added
         for name in added:                                          # [SC]
@@ -1322,5 +1323,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # leaves no half-written file
     leave(main() or 0)

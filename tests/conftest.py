@@ -155,8 +155,9 @@ def start(words, processes=1, **kwargs):
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
                         "--local_addr=localhost"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    environment = dict(os.environ, OMP_NUM_THREADS="1",
+                       PYTHONPATH=os.pathsep.join(filter(None, paths)))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment, **kwargs)
 

@@ -1,8 +1,6 @@
 """Folders of pictures: the rules of the data section, with inputs that were met in use."""
 import io
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 from PIL import Image
 
 import edm_sc
-from conftest import ROOT
+from conftest import ROOT, finish, start
 
 
 def tree(root, files):
@@ -107,15 +105,14 @@ def test_terminated_while_decoding(tmp_path):
     tree(tmp_path, " ".join(f"cat/{i}.png" for i in range(50)))
     words = ["--dataset", "folder", "--data_dir", str(tmp_path), "--device", "cpu"]
     slow = ("import runpy, sys, time; from PIL import Image\n"
-            f"Image.open, sys.argv[1:] = (lambda *_, **more: time.sleep(0.5)), {words}\n"
+            f"Image.open, sys.argv[1:] = (lambda *_, **more: time.sleep(2)), {words}\n"
             "runpy.run_path('edm_sc.py', run_name='__main__')")
-    process = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = start(["-c", slow], cwd=ROOT)
     while not list(tmp_path.glob(".*.part")):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait() == 143 and not list(tmp_path.glob(".*.part"))
+    assert finish(process)[0] == 143 and not list(tmp_path.glob(".*.part"))
 
 
 def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import dit_latent_sc as dit
-from conftest import finish, start
+from conftest import finish, flags, start
 from test_data import Host, host  # noqa: F401: a fixture
 
 CPU = torch.device("cpu")
@@ -228,6 +228,16 @@ def test_folder_without_test_images(pictures, capsys):
     assert dit.encode_command(words) == 0
     out = capsys.readouterr().out
     assert "train.latents is complete" in out and "no test latents, which probe.py needs" in out
+
+
+def test_test_images_of_no_class(cfg, tmp_path, capsys):
+    (tmp_path / "val").unlink()
+    (tmp_path / "val/owl").mkdir(parents=True)
+    words = ["--encode", *flags({name: getattr(cfg, name) for name in (
+        "dataset", "data_dir", "size", "tokenizer", "cell")})]
+    with pytest.raises(SystemExit):
+        dit.encode_command(words)
+    assert "owl is no class of" in capsys.readouterr().err
 
 
 def test_latents_may_be_larger_than_memory(cfg, monkeypatch):

@@ -108,7 +108,7 @@ def test_signals_save_and_leave(script, config, monkeypatch, capsys, number):
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) in (3, 6):
             os.kill(os.getpid(), number)
         return update_ema(*args)
     monkeypatch.setattr(script, "update_ema", interrupted)
@@ -120,7 +120,8 @@ def test_signals_save_and_leave(script, config, monkeypatch, capsys, number):
     assert script.main([]) == 128 + number and len(drawn) == 2      # then it does not stop to draw
     assert "the same command goes on" in capsys.readouterr().out
     assert final(cfg.out)["step"] == 3 and signal.getsignal(number) is before
-    assert script.main([]) == 0 and final(cfg.out)["step"] == 6
+    assert script.main([]) == 0 and final(cfg.out)["step"] == 6    # at its end a signal is late
+    assert len(drawn) == 5
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -367,13 +368,16 @@ def test_retrofit(script, tmp_path, capsys):
 
 @only("dit_latent_sc")
 def test_init_from_other_classes(script, config, tmp_path):
-    """Is refused: the run could not be resumed."""
+    """Is refused: the run could not be resumed. To be evaluated, a network keeps its classes."""
     net = small_net(script)
     table = net.y_embedder.embedding_table
     net.y_embedder.embedding_table = torch.nn.Embedding(4, table.embedding_dim)
     torch.save(dict(ema=net.state_dict()), tmp_path / "other.pt")
     with pytest.raises(script.UserError, match="does not fit this network.*embedding_table"):
         script.train(config(steps=1, init=str(tmp_path / "other.pt")))
+    net = small_net(script)
+    script.load_weights(net, tmp_path / "other.pt")
+    assert net.null == 3
 
 
 @one
