@@ -4,6 +4,7 @@
                                          # one on one thread; start it twice to use two cores
     python docs/evidence.py work "dit adaptive" 3       # this run alone
     python docs/evidence.py tables       # writes the tables into docs/evidence.md and README.md
+    python docs/evidence.py picture      # draws docs/claim.png; needs the folders of seed 0
 
 A run trains, computes the test loss and calls fid.py and probe.py. Workers do not do the same run:
 it belongs to the one that made its folder, runs/evidence/NAME-sSEED. Delete that to do it again.
@@ -227,6 +228,66 @@ def tables():
                                *short])
 
 
+def strip_plot(width=770, row=34, left=160):
+    """FD-tiny of all seeds of 1a and 1b on a logarithmic axis: a point is a seed, a line joins the
+    two networks of a seed, a bar is the mean of the logarithms."""
+    from PIL import Image, ImageDraw, ImageFont
+    strips, colours = [], ("#999999", "#1f77b4")
+    for label, where in (("1a", "told the digit"), ("1b", "not told")):
+        one, other, _, _ = QUESTIONS[label]
+        for words, name in (("without f", other), ("with f", one)):
+            lines = [line for line in read_results() if line["name"] == name]
+            assert len(lines) == RUNS[name][1], f"runs of {name} are missing"
+            lines.sort(key=lambda line: line["seed"])
+            strips.append((f"{words}, {where}", [math.log(line["fd_tiny"]) for line in lines]))
+    low = min(min(values) for _, values in strips)
+    high = max(max(values) for _, values in strips)
+
+    def place(value):
+        return left + (value - low) / (high - low) * (width - left - 20)
+
+    image = Image.new("RGB", (width, row * len(strips) + 30), "white")
+    draw, font, bottom = ImageDraw.Draw(image), ImageFont.load_default(11), row * len(strips)
+    draw.text((6, bottom + 6), "FD-tiny, less is better", "black", font)
+    for tick in (0.25, 0.5, 1, 2, 4, 8):
+        if low <= math.log(tick) <= high:
+            x = place(math.log(tick))
+            draw.line((x, 0, x, bottom), "#eeeeee")
+            draw.text((x, bottom + 6), f"{tick:g}", "black", font, anchor="ma")
+    for i in range(0, len(strips), 2):
+        y = row * i + row // 2
+        for a, b in zip(strips[i][1], strips[i + 1][1]):
+            draw.line((place(a), y, place(b), y + row), "#cccccc")
+    for i, (words, values) in enumerate(strips):
+        y, mean = row * i + row // 2, place(statistics.mean(values))
+        draw.text((6, y - 7), words, "black", font)
+        for x in map(place, values):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[i % 2], "white")
+        draw.line((mean, y - 10, mean, y + 10), "black", width=2)
+    return image
+
+
+def picture(left=160):
+    """docs/claim.png: digits that the networks of seed 0 draw from the same noise, and the strips."""
+    from PIL import Image, ImageDraw, ImageFont
+    sys.path.insert(0, str(ROOT))
+    import dit_latent_sc as script
+    strips = strip_plot(left=left)
+    image = Image.new("RGB", (strips.width, 4 * 64 + strips.height), "white")
+    image.paste(strips, (0, 4 * 64))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    names = {"dit-cond none": "without f, told the digit", "dit-cond adaptive": "with f",
+             "dit none": "without f, not told", "dit adaptive": "with f"}
+    for i, (name, words) in enumerate(names.items()):
+        folder = ROOT / f"runs/evidence/{name.replace(' ', '-')}-s0"
+        cfg, net = script.load_checkpoint(folder / "last.pt")
+        digits = script.sample(net, cfg, range(10))
+        row = digits.permute(2, 0, 3, 1).flatten(1, 2).numpy()
+        image.paste(Image.fromarray(row).resize((600, 60), 0), (left, 64 * i))
+        draw.text((6, 64 * i + 24), words, "black", font)
+    image.save(ROOT / "docs/claim.png")
+
+
 def write(path, lines):
     before, found, rest = path.read_text("utf-8").partition("<!-- claim -->\n")
     if found:
@@ -244,5 +305,7 @@ if __name__ == "__main__":
         work(*sys.argv[2:])
     elif sys.argv[1:2] == ["tables"]:
         tables()
+    elif sys.argv[1:2] == ["picture"]:
+        picture()
     else:
         sys.exit(__doc__)

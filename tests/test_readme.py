@@ -128,6 +128,21 @@ def test_claim(tmp_path, monkeypatch):
     assert evidence.verdict("3a", [x + 2 for x in spread]) == "**held**"
 
 
+def test_picture_of_the_claim(monkeypatch):
+    """The strips have a point where a seed is, and none are drawn before all seeds are in."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    evidence = importlib.import_module("evidence")
+    lines = [dict(name=name, seed=seed, fd_tiny=2.0 ** seed)
+             for name, (_, seeds) in evidence.RUNS.items() for seed in range(seeds)]
+    monkeypatch.setattr(evidence, "read_results", lambda: lines)
+    image = evidence.strip_plot(width=770, left=160)
+    for seed in range(12):
+        assert image.getpixel((160 + round(seed / 11 * 590), 17)) == (0x99, 0x99, 0x99)
+    lines.pop(0)
+    with pytest.raises(AssertionError, match="missing"):
+        evidence.strip_plot()
+
+
 def test_map_of_the_paper():
     """Every equation, table and figure has a place, and what is named there exists."""
     section = re.search(r"## Where the paper is\n(.*?)\n## ", README, re.S)[1]
