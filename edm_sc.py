@@ -1197,7 +1197,7 @@ def read_checkpoint(path):
 
 
 # What may change in mid-run.
-FREE = "data_dir vae out init epochs steps accum device compile save_every sample_every".split()
+FREE = "data_dir vae out epochs steps accum device compile save_every sample_every".split()
 
 
 def resume(cfg, data, parts):
@@ -1267,9 +1267,8 @@ def make_config(dataset="glyphs", **overrides):
     named = Path(cfg.data_dir).resolve().name if dataset == "folder" else dataset
     other = [k for k in FIELDS if k in overrides and k not in (*FREE, "self_cond", "seed")]
     words = [SCRIPT, named, cfg.self_cond, *(f"{name}_{overrides[name]}" for name in other)]
-    if cfg.init:
-        words += ["init", Path(cfg.init).resolve().parent.name, Path(cfg.init).stem]
-    cfg.out = cfg.out or f"runs/{'-'.join(words)}-s{cfg.seed}"
+    name = re.sub(r"[^\w.-]+", "-", "-".join(words))               # --init is a path
+    cfg.out = cfg.out or f"runs/{name}-s{cfg.seed}"
     return cfg
 
 

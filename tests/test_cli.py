@@ -162,7 +162,8 @@ def test_default_run_folders_are_apart(script):
     assert len(set(outs)) == len(runs) and "cats" in outs[-2] and "dogs" in outs[-1]
     assert folder(lr=0.5, steps=5) == folder(lr=0.5, device="cpu", accum=2) == folder(lr=0.5)
     assert folder(lr=0.5, batch=8) == folder(batch=8, lr=0.5)
-    assert len({folder(), folder(init="runs/a/last.pt"), folder(init="runs/b/last.pt")}) == 3
+    starts = [folder(init=path) for path in ("", "a/x/last.pt", "b/x/last.pt", "b/x/ckpt_0001.pt")]
+    assert len(set(starts)) == 4 and all(out.count("/") == 1 for out in starts)
 
 
 def test_help_has_every_field(script, capsys):

@@ -327,7 +327,7 @@ def test_compiled_network(script, config):
 @one
 def test_init(script, config, tmp_path):
     """A state_dict or a checkpoint's averaged weights; at rate 0 they stay what they are. What does
-    not fit is named; when the run goes on, the file is not read again."""
+    not fit is named; when the run goes on, the file need not be there, but is not another."""
     weights = small_net(script).state_dict()
     torch.save(weights, tmp_path / "weights.pt")
     torch.save(dict(ema=weights, model={}), tmp_path / "last.pt")
@@ -335,7 +335,10 @@ def test_init(script, config, tmp_path):
         cfg = config(init=str(tmp_path / name), lr=0.0, steps=1, out=str(tmp_path / f"from_{name}"))
         script.train(cfg)
         assert same(dict(final(cfg.out)["model"]), dict(weights))
-    script.train(dataclasses.replace(cfg, init="gone.pt", steps=2))
+    (tmp_path / "last.pt").unlink()
+    script.train(dataclasses.replace(cfg, steps=2))
+    with pytest.raises(script.UserError, match="init: .*last.pt there, .*weights.pt now"):
+        script.train(dataclasses.replace(cfg, init=str(tmp_path / "weights.pt"), steps=3))
     del weights["mid_block.norm1.weight"]
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(script.UserError, match="does not fit.*mid_block.norm1.weight"):
