@@ -2,8 +2,8 @@
 
 Paper     DDAE++ (arXiv 2505.10999v1): Sec. 4.1, Fig. 1(a); Tables 2, 7a, settings in Tables 8-11.
 Idea      A diffusion model learns features that classify well. DDAE++ hands one back to the layers
-          that decode: f is the best layer's map, averaged over positions. After that layer e, which
-          conditions all blocks, becomes e + s(t) W f; s(t) is a learned vector. [SC] marks it.
+          that decode: f, the best layer's output averaged over positions. Instead of e, the time
+          embedding, all later layers read e + s(t) W f; s(t) is a learned vector. [SC] marks it.
 Cost      460,288 parameters (1.3 % of ddpm, 0.8 % of ddpmpp), 1 to 2 % of a step.
 Maths     x_t = alpha_t x_0 + sigma_t eps       Eq. (1); alpha_t^2 + sigma_t^2 = 1, t = 1..1000
           loss = || eps_theta(x_t, t) - eps ||^2
@@ -51,7 +51,7 @@ class Config:
     backbone: str = "ddpm"       # a name in UNet.sizes (Table 9)
     dropout: float = 0.1         # as in the public implementations (Table 8)
     time_scale: float = 0.001    # c_noise = time_scale * t: 1 in U-ViT, 0.001 in DDAE
-    self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
+    self_cond: str = "adaptive"  # e + s(t) W f | add: no s | none | adaptive1: ours, s = 1 first
     layer: str = "out_6"         # its mean is f; later layers read it (Table 10)
     t_probe: float = 11          # best time for linear probing, and the teacher's (Table 10)
     # optimisation
@@ -205,10 +205,10 @@ class UNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        base, multiples, depth, biggan, attention = self.sizes[cfg.backbone]
+        base, multiples, depth, biggan, wanted = self.sizes[cfg.backbone]
         C, side, E = DATASETS[cfg.dataset][0], cfg.size, 4 * base
         sides = [side >> level for level in range(len(multiples))]
-        attention = min(sides, key=lambda s: abs(s - attention))    # other image sizes: the nearest
+        attended = min(sides, key=lambda s: abs(s - wanted))        # other image sizes: the nearest
         self.image_proj = nn.Conv2d(C, base, 3, padding=1)
         self.time_emb = TimeEmbedding(base, E, cfg.aug > 0)
         self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
@@ -220,7 +220,7 @@ class UNet(nn.Module):
                 side //= 2
             for _ in range(depth):
                 C_out = base * multiple
-                self.down.append(UNetBlock(width, C_out, E, cfg.dropout, side == attention))
+                self.down.append(UNetBlock(width, C_out, E, cfg.dropout, side == attended))
                 width = C_out
                 skips.append(width)
         self.middle.res1 = ResBlock(width, width, E, cfg.dropout)
@@ -230,7 +230,7 @@ class UNet(nn.Module):
         for level, multiple in reversed(list(enumerate(multiples))):
             for _ in range(depth + 1):
                 C_in, C_out = width + skips.pop(), base * multiple
-                self.up.append(UNetBlock(C_in, C_out, E, cfg.dropout, side == attention))
+                self.up.append(UNetBlock(C_in, C_out, E, cfg.dropout, side == attended))
                 width = C_out
                 widths.append(width)
             if level:
@@ -243,7 +243,7 @@ class UNet(nn.Module):
         self.D, self.E = widths[self.f_layer - 1], E            # widths of f and e
         self.sc_proj = self.sc_time = None
         if cfg.self_cond != "none":                             # [SC]
-            self.sc_proj = nn.Linear(self.D, E)                 # [SC] W
+            self.sc_proj = nn.Linear(self.D, E)                 # [SC] W, and a bias
         if cfg.self_cond.startswith("adaptive"):                # [SC] `add` has no s(t): Table 7a
             self.sc_time = TimeEmbedding(base, E)               # [SC] s(t)
         if cfg.self_cond == "adaptive1":                        # [SC] s(t) = 1 at first
@@ -292,7 +292,8 @@ class DDPM:
 
     def __init__(self, cfg):
         beta = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64)              # Table 8
-        alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])               # t = 0..T
+        # Ho et al.'s alpha_bar, for t = 0..T; the paper's alpha_t is its square root.
+        alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
         self.alpha = alpha_bar.sqrt().float()
         self.sigma = (1 - alpha_bar).sqrt().float()
         self.time_scale, self.nfe = cfg.time_scale, cfg.nfe
@@ -308,7 +309,7 @@ class DDPM:
         return alpha * x_0 + sigma * eps
 
     def inputs(self, x_t, t):
-        """What the network is given: x_t, and c_noise = t in U-ViT, t / 1000 in DDAE's UNets."""
+        """What the network is given: x_t, and c_noise, the time as it is told: time_scale * t."""
         return x_t, t * self.time_scale
 
     def loss(self, prediction, x_0, eps, t):
@@ -321,7 +322,7 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, net, noise):
-        """DDIM without noise (eta = 0): Euler's method on Eq. (2), of x / alpha over sigma / alpha.
+        """DDIM (eta = 0): Euler's method on Eq. (2) for x / alpha, with sigma / alpha as the time.
         noise (B, C, H, W) ~ N(0, I) -> images in [-1, 1], network evaluations per image."""
         x, times = noise, self.times()
         for t, s in zip(times, times[1:]):                          # from t to the next time s < t
@@ -363,9 +364,9 @@ def draw_view(cfg, generator):
     rotate = gated((uniform() * 2 - 1) * math.pi, p)
     aniso = gated(normal(), p)
     aniso_angle = gated((uniform() * 2 - 1) * math.pi, 0.5)         # 0: along x
-    translate_x = gated(normal(), p)
-    translate_y = normal() * (translate_x != 0)                     # one gate for both
-    view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y]
+    move_x = gated(normal(), p)
+    move_y = normal() * (move_x != 0)                               # one gate for both
+    view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y]
     return torch.stack(view, dim=1).float()
 
 
@@ -386,16 +387,16 @@ def rotation(a):
     return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
 
 
-def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
+def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
     """Images x (B, C, S, S), in one resampling: enlarged by 2^(0.2 scale), rotated, stretched by
-    2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by translate * S / 8 pixels."""
+    2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by move * S / 8 pixels."""
     S = x.shape[-1]
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-aniso, aniso], dim=1)))
     # The output at z = (x, y), in pixels from the middle, shows the input at M z + v: so M undoes
     # what was asked for, and stretch shrinks.
     M = rotation(rotate) @ rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
     M = M * 2 ** (-0.2 * scale).view(-1, 1, 1)
-    v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
+    v = M @ torch.stack([move_x, move_y], dim=1)[:, :, None] * (-S / 8)
     # SYM6's weight is at its sixth tap of twelve: `up` moves images back by half a (small) pixel.
     up, down = resampling(S, x.device)
     canvas, source = down.shape[1], up.shape[0]                     # pixels a side
@@ -407,9 +408,9 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9),
-    the view without flip, angles as cos and sin, by which the network tells transformations from
-    traits of the data. view is on the CPU, so that no GPU is waited for."""
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9):
+    other nine columns, the view without flip, its angles as cos and sin. By them the network tells
+    transformations from traits of the data. view is on the CPU, so that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
@@ -455,9 +456,9 @@ def mlp(*widths):
 
 
 class Projector(nn.Module):
-    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). f is scaled by
-    1 + s(e), s = 0 at first: a shift would be constant over the keys, which all have one time, and
-    BatchNorm would remove it. e gets no gradient."""
+    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). e is time_emb
+    alone, and gets no gradient. f is scaled by 1 + r(e), r = 0 at first: a shift would be constant
+    over the keys, which all have one time, and BatchNorm would remove it."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -526,7 +527,7 @@ def info_nce(q, k, T=0.2):
 
 def draw_random(cfg, diffusion, step, shape, device):
     """Times, noise and views of a step, for the global batch of images of `shape` (C, H, W). The
-    third number tells streams apart: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
+    third number for rng is the use: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
     gen = rng(cfg.seed, step, 0, device=device)
     shape = (cfg.batch, *shape)
     drawn = dict(t=diffusion.draw_t(cfg.batch, gen),
@@ -571,8 +572,8 @@ def make_parts(cfg, device):
     if cfg.init and not Path(cfg.out, "last.pt").exists():
         load_weights(student.net, cfg.init, start=True)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    half = autocast(cfg, device).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    fp16 = autocast(cfg, device).fast_dtype == torch.float16        # gradients would underflow
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     return student, teacher, make_optimizer(student, cfg), scaler
 
 
@@ -588,14 +589,14 @@ def train(cfg):
                         f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
         images, labels = load_data(cfg, train=True)
-    data, N = fingerprint(images, labels), len(images)
-    if images.nbytes < 4e9:         # ImageNet-100: 64 x 64 pixels 1.6 GB; latents, 4.2 GB, stay
+    data_id, N = fingerprint(images, labels), len(images)
+    if images.nbytes < 4e9:         # ImageNet-100: 1.6e9 of pixels; 4.2e9 of latents stay
         images = images.to(device)
     total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
     student, teacher, optimizer, scaler = make_parts(cfg, device)
     parts = dict(model=student.net, heads=student.heads, ema=teacher.net, ema_heads=teacher.heads,
                  optimizer=optimizer, scaler=scaler)
-    step = resume(cfg, data, parts)
+    step = resume(cfg, data_id, parts)
     if cfg.compile:
         student.net.compile()
     model = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
@@ -616,6 +617,7 @@ def train(cfg):
             for i in range(cfg.accum):                              # one forward per backward
                 part = slice(i * per_pass, (i + 1) * per_pass)      # of this process's images
                 some = {name: values[own][part] for name, values in drawn.items()}
+                # Seeds dropout, by step and first image: all else is drawn already.
                 torch.manual_seed(rng(cfg.seed, step, 2, own.start + part.start).initial_seed())
                 model.require_backward_grad_sync = i + 1 == cfg.accum   # DDP: at the last pass
                 objective, numbers = training_step(cfg, diffusion, model, teacher,
@@ -658,9 +660,9 @@ def train(cfg):
                 sums.zero_()
                 logged, clock = step, time.time()
             if save_due:
-                save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
+                save(cfg, data_id, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
             if save_due or last or stop or (log_due and time.time() - saved > 600):
-                save(cfg, data, "last.pt", step, parts)
+                save(cfg, data_id, "last.pt", step, parts)
                 saved = time.time()
             if sample_due and (last or not stop):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
@@ -680,7 +682,7 @@ def draw_images(net, cfg, seeds):
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone. So the net always sees the same number of rows, some of them idle:
+    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
     other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
     network evaluations per image."""
     device = next(net.parameters()).device
@@ -1151,11 +1153,11 @@ def new_file(path):
         part.unlink(missing_ok=True)
 
 
-def save(cfg, data, name, step, parts):
+def save(cfg, data_id, name, step, parts):
     """Plain types and tensors, read with weights_only. One process writes, none waits."""
     if RANK == 0:
         state = {part: value.state_dict() for part, value in parts.items()}
-        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data, step=step)
+        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data_id, step=step)
         with new_file(Path(cfg.out, name)) as file:
             torch.save(state, file)
 
@@ -1175,14 +1177,14 @@ def read_checkpoint(path):
 FREE = "data_dir vae out epochs steps accum device compile save_every sample_every".split()
 
 
-def resume(cfg, data, parts):
+def resume(cfg, data_id, parts):
     """The step at which a run goes on: that of last.pt, from which parts are loaded, or 0."""
     path = Path(cfg.out, "last.pt")
     if not path.exists():
         return 0
     state = read_checkpoint(path)
     there = dict(state["config"], script=state["script"], data=state["data"])
-    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data)
+    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data_id)
     other = [f"{name}: {there.get(name)} there, {value} now" for name, value in here.items()
              if name not in FREE and there.get(name) != value]
     if other:
@@ -1282,7 +1284,7 @@ layers, choices, from_official = unet_layers, unet_choices, unet_from_official
 def load_weights(net, path, weights="ema", start=False):
     """Fills net from a checkpoint, or from a state_dict with the official names. All must be there
     and fit, but for what self-conditioning adds to a network that was trained without it: that
-    begins with W = 0 and is named. start: buffers, which describe the data, stay."""
+    begins with W and its bias 0, and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
         state = from_official(net, state.get(weights, state), start)

@@ -2,8 +2,8 @@
 
 Paper     DDAE++ (arXiv 2505.10999v1): Sec. 4.1, Fig. 1(b); Tables 5, 6, settings in Tables 8-11.
 Idea      A diffusion model learns features that classify well. DDAE++ hands one back to the layers
-          that decode: f is the best block's output, averaged over tokens. After that block e, which
-          conditions all blocks, becomes e + s(t) W f; s(t) is a learned vector. [SC] marks it.
+          that decode: f, the best block's output averaged over tokens. Instead of e, which tells
+          t and y, all later layers read e + s(t) W f; s(t) is a learned vector. [SC] marks it.
 Cost      1,378,560 parameters (1.1 % of dit_b), about 2 % of a step.
 Maths     x_t = (1 - t) x_0 + t eps             Eq. (1), alpha = 1 - t, sigma = t; t in [0, 1]
           loss = || v - (eps - x_0) ||^2 + 1 - cos(v, eps - x_0), v = v_theta(x_t, t, y)
@@ -52,14 +52,14 @@ class Config:
     seed: int = 0                # all that is random in a step is a function of (seed, step)
     # network
     backbone: str = "dit_b"      # a name in DiT.sizes (Table 9)
-    dropout: float = 0.0         # as in the public implementations (Table 8)
+    dropout: float = 0.0         # as in LightningDiT; Table 8 names none for latents
     uncond: bool = False         # do not tell the network the classes (Tables 5 and 6)
     class_drop: float = 0.1      # probability with which a class is hidden, for guidance
-    self_cond: str = "adaptive"  # e + s(t) W f | adaptive1: s = 1 at first | add: no s | none
+    self_cond: str = "adaptive"  # e + s(t) W f | add: no s | none | adaptive1: ours, s = 1 first
     layer: str = "block_8"       # its mean is f; later layers read it (Table 10)
     t_probe: float = 0.25        # best time for linear probing, and the teacher's (Table 10)
     # optimisation
-    epochs: float = 1000         # passes over the training images (Table 11)
+    epochs: float = 1000         # passes over the training images (Appendix A, Table 11)
     steps: int = 0               # if > 0: optimizer steps, whatever epochs says
     batch: int = 1024            # images per optimizer step, of all processes (Table 11)
     accum: int = 1               # forward passes for a process's share; each has its own negatives
@@ -73,9 +73,9 @@ class Config:
     ema: float = 0.9999          # decay rate of the averaged weights (Table 8)
     ema_ramp: bool = True        # average over fewer steps at first (see update_ema)
     flip: bool = True            # mirror half of the images (Table 11)
-    # augmentation and contrast (Table 3)
-    aug: float = 0.0             # probability of a shifted crop of the latents; not in the paper
-    cl: float = 0.0              # weight gamma of the contrastive loss; 0.01 is best (Table 7d)
+    # augmentation and contrast: the paper has neither on latents
+    aug: float = 0.0             # probability of a shifted crop of the latents
+    cl: float = 0.0              # weight gamma of the contrastive loss; for pixels 0.01 (Table 7d)
     cl_head: str = "time"        # projector is told the time | plain, as MoCo v3 (Table 7b)
     cl_target: str = "probe"     # teacher's time: t_probe | min, t = 0 (Table 7c)
     cl_hidden: int = 4096        # hidden units of projector and predictor
@@ -204,13 +204,13 @@ class DiT(nn.Module):
         self.cfg = cfg
         (depth, D, heads), (C, S, _) = self.sizes[cfg.backbone], latent_shape(cfg)
         self.shape, self.D, self.E = (C, S, S), D, D            # of latents; widths of f and e
-        self.null = None if cfg.uncond else count_classes(cfg)  # one class more: not told
+        self.null = None if cfg.uncond else count_classes(cfg)  # K; class K is "not told"
         self.pos_embed = nn.Parameter(position_embedding(S, D), requires_grad=False)
         self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(C, D, 1)))
         self.t_embedder = TimestepEmbedder(D)
         if self.null:
             self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(self.null + 1, D)))
-        angles = rope_angles(S, D // heads).repeat_interleave(2, dim=1)             # (N, D/heads)
+        angles = rope_angles(S, D // heads).repeat_interleave(2, dim=1) # official: each twice
         self.feat_rope = nn.Module()
         self.feat_rope.register_buffer("freqs_cos", angles.cos())
         self.feat_rope.register_buffer("freqs_sin", angles.sin())
@@ -221,7 +221,7 @@ class DiT(nn.Module):
         self.f_name, self.f_layer = cfg.layer, int(cfg.layer.removeprefix("block_"))    # Table 10
         self.sc_proj = self.sc_time = None
         if cfg.self_cond != "none":                             # [SC]
-            self.sc_proj = nn.Linear(D, D)                      # [SC] W
+            self.sc_proj = nn.Linear(D, D)                      # [SC] W, and a bias
         if cfg.self_cond.startswith("adaptive"):                # [SC] `add` has no s(t): Table 7a
             self.sc_time = TimestepEmbedder(D)                  # [SC] s(t)
         for module in self.modules():
@@ -288,7 +288,7 @@ class LatentRF:
         self.guidance, self.guide_until = cfg.guidance, cfg.guide_until
 
     def draw_t(self, n, generator):
-        """Training times (n,) float32: the sigmoid of N(0, 1), "lognorm" in Table 8."""
+        """Training times (n,) float32: the sigmoid of N(0, 1), logit-normal (Table 8: lognorm)."""
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
 
     def add_noise(self, x_0, t, eps):
@@ -300,9 +300,9 @@ class LatentRF:
         return x_t, t
 
     def loss(self, prediction, x_0, eps, t):
-        """|| v_theta(x_t, t) - (eps - x_0) ||^2, the mean over channels and positions, + 1 - their
-        cosine over channels, the mean over positions (LightningDiT's): (B,) float32. At first v is
-        0: there the usual eps, 1e-8, makes gradients so large that fp16 overflows every time."""
+        """|| v - target ||^2, target = eps - x_0, the mean over channels and positions, + the mean
+        over positions of 1 - cos(v, target), LightningDiT's: (B,) float32. At first v is 0: with
+        PyTorch's default, 1e-8 instead of 0.1, gradients there are so large that fp16 overflows."""
         v, target = prediction.float(), eps - x_0
         away = 1 - F.cosine_similarity(v, target, dim=1, eps=0.1)                   # (B, H, W)
         return (v - target).square().mean(dim=(1, 2, 3)) + away.mean(dim=(1, 2))
@@ -317,7 +317,8 @@ class LatentRF:
     def sample(self, net, noise, y=None):
         """Euler's method from t = 1 to 0: noise (B, C, H, W) ~ N(0, I) -> latents, and evaluations
         of the network per image, where one with guidance counts once, as in Table 8. With classes
-        y (B,) guided: v = v_null + guidance (v_y - v_null), all channels, for t <= guide_until."""
+        y (B,) guided: v = v_null + guidance (v_y - v_null) for t <= guide_until, in all channels
+        (DiT's code guides three: Appendix A)."""
         x, times = noise, self.times()
         for t, s in zip(times, times[1:]):                          # from t to the next time s < t
             at = torch.full((len(x),), t, device=x.device)
@@ -364,6 +365,9 @@ def make_latent_view(latents, view):
     return x_0, view[:, 1:4]
 
 
+draw_view, make_view = draw_latent_view, make_latent_view
+
+
 # ---- 5. Contrastive self-distillation (Sec. 4.2): MoCo v3 with the averaged network --------------
 
 class BatchNorm(nn.Module):
@@ -394,9 +398,9 @@ def mlp(*widths):
 
 
 class Projector(nn.Module):
-    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). f is scaled by
-    1 + s(e), s = 0 at first: a shift would be constant over the keys, which all have one time, and
-    BatchNorm would remove it. e gets no gradient."""
+    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). e is time_emb
+    alone, and gets no gradient. f is scaled by 1 + r(e), r = 0 at first: a shift would be constant
+    over the keys, which all have one time, and BatchNorm would remove it."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -465,7 +469,7 @@ def info_nce(q, k, T=0.2):
 
 def draw_random(cfg, diffusion, step, shape, device):
     """Times, noise and views of a step, for the global batch of images of `shape` (C, H, W). The
-    third number tells streams apart: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
+    third number for rng is the use: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
     gen = rng(cfg.seed, step, 0, device=device)
     shape = (cfg.batch, *shape)
     drawn = dict(t=diffusion.draw_t(cfg.batch, gen),
@@ -510,8 +514,8 @@ def make_parts(cfg, device):
     if cfg.init and not Path(cfg.out, "last.pt").exists():
         load_weights(student.net, cfg.init, start=True)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    half = autocast(cfg, device).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    fp16 = autocast(cfg, device).fast_dtype == torch.float16        # gradients would underflow
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     return student, teacher, make_optimizer(student, cfg), scaler
 
 
@@ -527,14 +531,14 @@ def train(cfg):
                         f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
         images, labels = load_data(cfg, train=True)
-    data, N = fingerprint(images, labels), len(images)
-    if images.nbytes < 4e9:         # ImageNet-100: 64 x 64 pixels 1.6 GB; latents, 4.2 GB, stay
+    data_id, N = fingerprint(images, labels), len(images)
+    if images.nbytes < 4e9:         # ImageNet-100: 1.6e9 of pixels; 4.2e9 of latents stay
         images = images.to(device)
     total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
     student, teacher, optimizer, scaler = make_parts(cfg, device)
     parts = dict(model=student.net, heads=student.heads, ema=teacher.net, ema_heads=teacher.heads,
                  optimizer=optimizer, scaler=scaler)
-    step = resume(cfg, data, parts)
+    step = resume(cfg, data_id, parts)
     if cfg.compile:
         student.net.compile()
     model = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
@@ -555,6 +559,7 @@ def train(cfg):
             for i in range(cfg.accum):                              # one forward per backward
                 part = slice(i * per_pass, (i + 1) * per_pass)      # of this process's images
                 some = {name: values[own][part] for name, values in drawn.items()}
+                # Seeds dropout, by step and first image: all else is drawn already.
                 torch.manual_seed(rng(cfg.seed, step, 2, own.start + part.start).initial_seed())
                 model.require_backward_grad_sync = i + 1 == cfg.accum   # DDP: at the last pass
                 objective, numbers = training_step(cfg, diffusion, model, teacher,
@@ -597,9 +602,9 @@ def train(cfg):
                 sums.zero_()
                 logged, clock = step, time.time()
             if save_due:
-                save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
+                save(cfg, data_id, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
             if save_due or last or stop or (log_due and time.time() - saved > 600):
-                save(cfg, data, "last.pt", step, parts)
+                save(cfg, data_id, "last.pt", step, parts)
                 saved = time.time()
             if sample_due and (last or not stop):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
@@ -621,7 +626,7 @@ def draw_from_latents(net, cfg, seeds):
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone. So the net always sees the same number of rows, some of them idle:
+    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
     other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
     network evaluations per image."""
     device = next(net.parameters()).device
@@ -1174,8 +1179,7 @@ def read_ahead(images, labels, cfg, step, own, device):
             yield batch.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-load_data, read_batches, draw_view, make_view, draw_images = (
-    load_latents, read_ahead, draw_latent_view, make_latent_view, draw_from_latents)
+load_data, read_batches, draw_images = load_latents, read_ahead, draw_from_latents
 
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
@@ -1303,11 +1307,11 @@ def new_file(path):
         part.unlink(missing_ok=True)
 
 
-def save(cfg, data, name, step, parts):
+def save(cfg, data_id, name, step, parts):
     """Plain types and tensors, read with weights_only. One process writes, none waits."""
     if RANK == 0:
         state = {part: value.state_dict() for part, value in parts.items()}
-        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data, step=step)
+        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data_id, step=step)
         with new_file(Path(cfg.out, name)) as file:
             torch.save(state, file)
 
@@ -1327,14 +1331,14 @@ def read_checkpoint(path):
 FREE = "data_dir vae out epochs steps accum device compile save_every sample_every".split()
 
 
-def resume(cfg, data, parts):
+def resume(cfg, data_id, parts):
     """The step at which a run goes on: that of last.pt, from which parts are loaded, or 0."""
     path = Path(cfg.out, "last.pt")
     if not path.exists():
         return 0
     state = read_checkpoint(path)
     there = dict(state["config"], script=state["script"], data=state["data"])
-    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data)
+    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data_id)
     other = [f"{name}: {there.get(name)} there, {value} now" for name, value in here.items()
              if name not in FREE and there.get(name) != value]
     if other:
@@ -1444,7 +1448,7 @@ layers, choices, from_official = dit_layers, dit_choices, dit_from_official
 def load_weights(net, path, weights="ema", start=False):
     """Fills net from a checkpoint, or from a state_dict with the official names. All must be there
     and fit, but for what self-conditioning adds to a network that was trained without it: that
-    begins with W = 0 and is named. start: buffers, which describe the data, stay."""
+    begins with W and its bias 0, and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
         state = from_official(net, state.get(weights, state), start)

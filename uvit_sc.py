@@ -12,7 +12,7 @@ Careful   Self-conditioning hands the network its own *features*. The method of 
 Run       python uvit_sc.py                                                  # glyphs: a first run
           torchrun --nproc_per_node=4 uvit_sc.py --dataset cifar100          # the paper's setting
           torchrun ... uvit_sc.py --dataset cifar100 --self_cond none        # its baseline
-          torchrun ... uvit_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # Table 3, last row
+          torchrun ... uvit_sc.py --dataset cifar100 --aug 0.12 --cl 0.01    # Table 3: Aug and CL
           python uvit_sc.py --sample runs/.../last.pt --n 80                 # a grid of images
 Expect    Table 2, FID after 1400 to 2000, accuracy after 800 to 1200 epochs (baseline):
           CIFAR-10 4.13, 94.30 % (4.48, 93.67 %); CIFAR-100 7.14, 72.04 % (7.35, 70.66 %)
@@ -48,7 +48,7 @@ class Config:
     backbone: str = "uvit_s"     # a name in UViT.sizes (Table 9)
     patch: int = 2               # side of a patch in pixels (Table 9)
     dropout: float = 0.0         # U-ViT's code has none; Table 8's 0.1 is a UNet's
-    time_scale: float = 1.0      # the network is told time_scale * t: t; DDAE's: t / 1000
+    time_scale: float = 1.0      # c_noise = time_scale * t: 1 in U-ViT, 0.001 in DDAE
     pos_init: str = "normal"     # positions at first: normal, as U-ViT | sincos: the grid
     self_cond: str = "cls"       # cls: a token (Fig. 2a) | none
     layer: str = "out_2"         # its block is probed and contrasted: out_k, cls_k (Table 10)
@@ -156,8 +156,8 @@ class UViT(nn.Module):
         self.extras = 1 + self.cls + (cfg.aug > 0)              # tokens before the patches
         N = self.extras + n ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, N, D))
-        if self.cls:                                            # [SC] as the input, one learned
-            self.cls_token = nn.Parameter(torch.empty(1, 1, D))     # [SC] vector for all images
+        if self.cls:                                            # [SC] the token's input: a learned
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))     # [SC] vector, for all images
         if cfg.aug:
             self.aug_emb = nn.Linear(9, D)
         mask = None
@@ -196,8 +196,8 @@ class UViT(nn.Module):
         of the augmentation, None for zeros. y: classes, which this network is not told."""
         (B, C, H, W), p = x.shape, self.cfg.patch
         tokens = [self.time_emb(c_noise)[:, None]]              # (B, 1, D)
-        if self.cls:                                            # [SC] [CLS] reads all tokens, is
-            tokens.append(self.cls_token.expand(B, 1, -1))      # [SC] read by all, in all blocks
+        if self.cls:                                            # [SC] one token more: it reads all
+            tokens.append(self.cls_token.expand(B, 1, -1))      # [SC] others, all others read it
         if hasattr(self, "aug_emb"):
             tokens.append(self.aug_emb(x.new_zeros(B, 9) if aug is None else aug)[:, None])
         tokens.append(self.patch_embed.proj(x).flatten(2).transpose(1, 2))          # (B, HW/pp, D)
@@ -210,7 +210,7 @@ class UViT(nn.Module):
         for k, block in enumerate(self.out_blocks, 1):
             h = block(h, self.mask, skips.pop())
             if k == self.f_layer:
-                f = self.pooled(k, h)[self.f_name]              # (B, D)
+                f = self.pooled(k, h)[self.f_name]              # (B, D), for the contrast alone
         h = self.decoder_pred(self.norm(h))[:, self.extras:]    # (B, HW/pp, ppC)
         h = h.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)
         return self.final_layer(h.reshape(B, C, H, W)), f
@@ -236,7 +236,8 @@ class DDPM:
 
     def __init__(self, cfg):
         beta = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float64)              # Table 8
-        alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])               # t = 0..T
+        # Ho et al.'s alpha_bar, for t = 0..T; the paper's alpha_t is its square root.
+        alpha_bar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
         self.alpha = alpha_bar.sqrt().float()
         self.sigma = (1 - alpha_bar).sqrt().float()
         self.time_scale, self.nfe = cfg.time_scale, cfg.nfe
@@ -252,7 +253,7 @@ class DDPM:
         return alpha * x_0 + sigma * eps
 
     def inputs(self, x_t, t):
-        """What the network is given: x_t, and c_noise = t in U-ViT, t / 1000 in DDAE's UNets."""
+        """What the network is given: x_t, and c_noise, the time as it is told: time_scale * t."""
         return x_t, t * self.time_scale
 
     def loss(self, prediction, x_0, eps, t):
@@ -265,7 +266,7 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, net, noise):
-        """DDIM without noise (eta = 0): Euler's method on Eq. (2), of x / alpha over sigma / alpha.
+        """DDIM (eta = 0): Euler's method on Eq. (2) for x / alpha, with sigma / alpha as the time.
         noise (B, C, H, W) ~ N(0, I) -> images in [-1, 1], network evaluations per image."""
         x, times = noise, self.times()
         for t, s in zip(times, times[1:]):                          # from t to the next time s < t
@@ -307,9 +308,9 @@ def draw_view(cfg, generator):
     rotate = gated((uniform() * 2 - 1) * math.pi, p)
     aniso = gated(normal(), p)
     aniso_angle = gated((uniform() * 2 - 1) * math.pi, 0.5)         # 0: along x
-    translate_x = gated(normal(), p)
-    translate_y = normal() * (translate_x != 0)                     # one gate for both
-    view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, translate_x, translate_y]
+    move_x = gated(normal(), p)
+    move_y = normal() * (move_x != 0)                               # one gate for both
+    view = [flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y]
     return torch.stack(view, dim=1).float()
 
 
@@ -330,16 +331,16 @@ def rotation(a):
     return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
 
 
-def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
+def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
     """Images x (B, C, S, S), in one resampling: enlarged by 2^(0.2 scale), rotated, stretched by
-    2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by translate * S / 8 pixels."""
+    2^(0.2 aniso) along aniso_angle and shrunk as much across, moved by move * S / 8 pixels."""
     S = x.shape[-1]
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-aniso, aniso], dim=1)))
     # The output at z = (x, y), in pixels from the middle, shows the input at M z + v: so M undoes
     # what was asked for, and stretch shrinks.
     M = rotation(rotate) @ rotation(-aniso_angle) @ stretch @ rotation(aniso_angle)
     M = M * 2 ** (-0.2 * scale).view(-1, 1, 1)
-    v = M @ torch.stack([translate_x, translate_y], dim=1)[:, :, None] * (-S / 8)
+    v = M @ torch.stack([move_x, move_y], dim=1)[:, :, None] * (-S / 8)
     # SYM6's weight is at its sixth tap of twelve: `up` moves images back by half a (small) pixel.
     up, down = resampling(S, x.device)
     canvas, source = down.shape[1], up.shape[0]                     # pixels a side
@@ -351,9 +352,9 @@ def transform(x, scale, rotate, aniso, aniso_angle, translate_x, translate_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9),
-    the view without flip, angles as cos and sin, by which the network tells transformations from
-    traits of the data. view is on the CPU, so that no GPU is waited for."""
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9):
+    other nine columns, the view without flip, its angles as cos and sin. By them the network tells
+    transformations from traits of the data. view is on the CPU, so that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
@@ -399,9 +400,9 @@ def mlp(*widths):
 
 
 class Projector(nn.Module):
-    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). f is scaled by
-    1 + s(e), s = 0 at first: a shift would be constant over the keys, which all have one time, and
-    BatchNorm would remove it. e gets no gradient."""
+    """MoCo v3's projector, told the time (Table 7b): f (B, D), e (B, E) -> (B, 256). e is time_emb
+    alone, and gets no gradient. f is scaled by 1 + r(e), r = 0 at first: a shift would be constant
+    over the keys, which all have one time, and BatchNorm would remove it."""
 
     def __init__(self, D, hidden, E):
         super().__init__()
@@ -470,7 +471,7 @@ def info_nce(q, k, T=0.2):
 
 def draw_random(cfg, diffusion, step, shape, device):
     """Times, noise and views of a step, for the global batch of images of `shape` (C, H, W). The
-    third number tells streams apart: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
+    third number for rng is the use: 0 times and noise, 1 order, 2 dropout, 3 and 4 views."""
     gen = rng(cfg.seed, step, 0, device=device)
     shape = (cfg.batch, *shape)
     drawn = dict(t=diffusion.draw_t(cfg.batch, gen),
@@ -515,8 +516,8 @@ def make_parts(cfg, device):
     if cfg.init and not Path(cfg.out, "last.pt").exists():
         load_weights(student.net, cfg.init, start=True)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    half = autocast(cfg, device).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    fp16 = autocast(cfg, device).fast_dtype == torch.float16        # gradients would underflow
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     return student, teacher, make_optimizer(student, cfg), scaler
 
 
@@ -532,14 +533,14 @@ def train(cfg):
                         f"{cfg.accum}; use {cfg.batch - rest + WORLD * cfg.accum}")
     with one_process_first():
         images, labels = load_data(cfg, train=True)
-    data, N = fingerprint(images, labels), len(images)
-    if images.nbytes < 4e9:         # ImageNet-100: 64 x 64 pixels 1.6 GB; latents, 4.2 GB, stay
+    data_id, N = fingerprint(images, labels), len(images)
+    if images.nbytes < 4e9:         # ImageNet-100: 1.6e9 of pixels; 4.2e9 of latents stay
         images = images.to(device)
     total = cfg.steps or math.ceil(cfg.epochs * N / cfg.batch)
     student, teacher, optimizer, scaler = make_parts(cfg, device)
     parts = dict(model=student.net, heads=student.heads, ema=teacher.net, ema_heads=teacher.heads,
                  optimizer=optimizer, scaler=scaler)
-    step = resume(cfg, data, parts)
+    step = resume(cfg, data_id, parts)
     if cfg.compile:
         student.net.compile()
     model = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
@@ -560,6 +561,7 @@ def train(cfg):
             for i in range(cfg.accum):                              # one forward per backward
                 part = slice(i * per_pass, (i + 1) * per_pass)      # of this process's images
                 some = {name: values[own][part] for name, values in drawn.items()}
+                # Seeds dropout, by step and first image: all else is drawn already.
                 torch.manual_seed(rng(cfg.seed, step, 2, own.start + part.start).initial_seed())
                 model.require_backward_grad_sync = i + 1 == cfg.accum   # DDP: at the last pass
                 objective, numbers = training_step(cfg, diffusion, model, teacher,
@@ -602,9 +604,9 @@ def train(cfg):
                 sums.zero_()
                 logged, clock = step, time.time()
             if save_due:
-                save(cfg, data, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
+                save(cfg, data_id, f"ckpt_{epoch:04d}.pt", step, dict(ema=teacher.net))
             if save_due or last or stop or (log_due and time.time() - saved > 600):
-                save(cfg, data, "last.pt", step, parts)
+                save(cfg, data_id, "last.pt", step, parts)
                 saved = time.time()
             if sample_due and (last or not stop):
                 grid = sample(teacher.net, cfg, range(80))          # by all processes together
@@ -624,7 +626,7 @@ def draw_images(net, cfg, seeds):
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone. So the net always sees the same number of rows, some of them idle:
+    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
     other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
     network evaluations per image."""
     device = next(net.parameters()).device
@@ -1095,11 +1097,11 @@ def new_file(path):
         part.unlink(missing_ok=True)
 
 
-def save(cfg, data, name, step, parts):
+def save(cfg, data_id, name, step, parts):
     """Plain types and tensors, read with weights_only. One process writes, none waits."""
     if RANK == 0:
         state = {part: value.state_dict() for part, value in parts.items()}
-        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data, step=step)
+        state.update(script=SCRIPT, config=dataclasses.asdict(cfg), data=data_id, step=step)
         with new_file(Path(cfg.out, name)) as file:
             torch.save(state, file)
 
@@ -1119,14 +1121,14 @@ def read_checkpoint(path):
 FREE = "data_dir vae out epochs steps accum device compile save_every sample_every".split()
 
 
-def resume(cfg, data, parts):
+def resume(cfg, data_id, parts):
     """The step at which a run goes on: that of last.pt, from which parts are loaded, or 0."""
     path = Path(cfg.out, "last.pt")
     if not path.exists():
         return 0
     state = read_checkpoint(path)
     there = dict(state["config"], script=state["script"], data=state["data"])
-    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data)
+    here = dict(dataclasses.asdict(cfg), script=SCRIPT, data=data_id)
     other = [f"{name}: {there.get(name)} there, {value} now" for name, value in here.items()
              if name not in FREE and there.get(name) != value]
     if other:
@@ -1228,7 +1230,7 @@ layers, choices, from_official = uvit_layers, uvit_choices, uvit_from_official
 def load_weights(net, path, weights="ema", start=False):
     """Fills net from a checkpoint, or from a state_dict with the official names. All must be there
     and fit, but for what self-conditioning adds to a network that was trained without it: that
-    begins with W = 0 and is named. start: buffers, which describe the data, stay."""
+    begins with W and its bias 0, and is named. start: buffers, which describe the data, stay."""
     state, own = read_checkpoint(path), net.state_dict()
     try:
         state = from_official(net, state.get(weights, state), start)

@@ -10,7 +10,7 @@ from conftest import PIXEL, load, only, rounding, small_config, small_net
 
 pytestmark = pytest.mark.numeric
 script = load("uvit_sc")
-COLUMNS = "flip xflip yflip scale rotate aniso aniso_angle translate_x translate_y".split()
+COLUMNS = "flip xflip yflip scale rotate aniso aniso_angle move_x move_y".split()
 
 
 def view_of(n=1, **values):
@@ -53,7 +53,7 @@ def test_identity():
     x = random_images(4, 16)
     y, aug = script.make_view(x, torch.zeros(4, 9))
     assert y.dtype == torch.float32 and torch.equal(y, script.to_float(x)) and not aug.any()
-    y, _ = script.make_view(x, view_of(4, translate_x=5e-7))
+    y, _ = script.make_view(x, view_of(4, move_x=5e-7))
     assert (y - script.to_float(x)).abs().max() < resampled(16) + 2e-6
 
 
@@ -83,7 +83,7 @@ def test_integer_shifts(dx, dy):
     """Against slices of the image continued by reflection, but for rounding: the two filters undo
     each other. Right and down are positive; the unit is an eighth of the image."""
     x = random_images(1, 32)
-    y, _ = script.make_view(x, view_of(translate_x=dx / 4, translate_y=dy / 4))
+    y, _ = script.make_view(x, view_of(move_x=dx / 4, move_y=dy / 4))
     wide = F.pad(script.to_float(x), (8, 8, 8, 8), mode="reflect")
     assert (y - wide[..., 8 - dy:40 - dy, 8 - dx:40 - dx]).abs().max() < resampled(32)
 
@@ -154,12 +154,12 @@ def test_distributions(p):
     def near(values, mean, std):
         assert abs(values.double().mean().item() - mean) < 4 * std / n ** 0.5 + 1e-9
     shares = dict(flip=0.5, xflip=0.5, yflip=p / 2, scale=p, rotate=p, aniso=p, aniso_angle=0.5,
-                  translate_x=p, translate_y=p)
+                  move_x=p, move_y=p)
     drawn = dict(zip(COLUMNS, view.unbind(dim=1)))
     for name, share in shares.items():
         near(drawn[name] != 0, share, (share * (1 - share)) ** 0.5)
-    assert torch.equal(drawn["translate_x"] != 0, drawn["translate_y"] != 0)
-    for name in ("scale", "aniso", "translate_x", "translate_y"):
+    assert torch.equal(drawn["move_x"] != 0, drawn["move_y"] != 0)
+    for name in ("scale", "aniso", "move_x", "move_y"):
         near(drawn[name], 0, p ** 0.5)
         near(drawn[name].square(), p, (3 * p - p * p) ** 0.5)
     near(drawn["rotate"].abs(), p * math.pi / 2, math.pi)
