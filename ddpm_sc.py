@@ -509,10 +509,7 @@ class Student(nn.Module):
         t = torch.full((len(x_0),), t, device=x_0.device)
         c_noise = Diffusion(cfg).inputs(x_0, t)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
-        parts = [k.clone() for _ in range(WORLD)]
-        if WORLD > 1:
-            dist.all_gather(parts, k)
-        return torch.cat(parts)
+        return torch.cat(torch.distributed.nn.functional.all_gather(k)) if WORLD > 1 else k
 
 
 def info_nce(q, k, T=0.2):
@@ -1129,20 +1126,17 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place, and copies buffers. With
+    """Averages the weights after the n-th step, n = 1, 2, ..., in place; no buffer changes. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:
         decay = min(decay, 1 - n ** (-2 / 3))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    for mean, now in zip(ema.buffers(), net.buffers()):
-        mean.copy_(now)
 
 
 @contextlib.contextmanager
 def new_file(path):
     """A file that gets its name when it is complete: a crash leaves the old one or the new."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.part")
     try:
@@ -1345,8 +1339,7 @@ def sample_command(given, args):
 
 def fail(error):
     """Ends the run for something that the user can mend: one line, status 2."""
-    if LOCAL_RANK > 0:
-        time.sleep(5)                                               # the first process says it
+    time.sleep(5 if LOCAL_RANK > 0 else 0)                          # the first process says it
     tqdm.write(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)
     leave(2)
 
@@ -1355,7 +1348,6 @@ def leave(status):
     """Ends the process. One of several goes at once: gloo's threads outlive its group, and to take
     leave of the others would be to wait for those who wait for this one."""
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status) if WORLD > 1 else sys.exit(status)
 
 

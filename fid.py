@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -33,6 +33,8 @@ QUIET = RANK > 0 or None            # no progress bars; None: only where stderr 
 BESIDE = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")
           if Path(__file__).with_name(f"{name}.py").exists()]
 SCRIPTS = {name: importlib.import_module(name) for name in BESIDE}      # nothing else is imported
+ANY = SCRIPTS[BESIDE[0]]            # one must be there; in all these have the same text
+KINDS, new_file, read_image = ANY.KINDS, ANY.new_file, ANY.read_image
 
 
 class UserError(ValueError):
@@ -42,20 +44,6 @@ class UserError(ValueError):
 def digest(data):
     """The first 12 hex digits of the sha256 of bytes or of an array."""
     return hashlib.sha256(data).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def new_file(path):
-    """A file that gets its name when it is complete: a crash leaves the old one or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{RANK}-{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def gather(value=None):
@@ -343,24 +331,6 @@ def open_dataset(name, data_dir, like):
     return images_in_memory(name, load(True)[0], load)
 
 
-def read_image(file):
-    """A picture, path or open file, as RGB: the first frame, upright, transparency on white, 16-bit
-    grey scaled to 8. Formats that start another program, as PostScript does, are not read."""
-    formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
-    with Image.open(file, formats=formats) as image:
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
-        if image.mode in ("I", "F") and not deep:
-            raise ValueError(f"32-bit numbers, mode {image.mode}, whose range is unknown")
-        image = ImageOps.exif_transpose(image)
-        if deep:
-            grey = np.asarray(image, np.float32) / 257
-            image = Image.fromarray(grey.round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
 def open_files(name, files, sha256, crop):
     """Pictures that are read while they are measured; crop makes pixels (3, H, W) of each."""
     pool = concurrent.futures.ThreadPoolExecutor(8)
@@ -383,8 +353,7 @@ def open_files(name, files, sha256, crop):
 
 def open_folder(path):
     """Images of a folder, not of its subfolders, by name. They may differ in size."""
-    kinds = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-    files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in kinds]
+    files = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in KINDS]
     if not files:
         raise UserError(f"{path} holds no images; its folders are not looked into: name one")
     sha256 = digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))

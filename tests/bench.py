@@ -10,16 +10,7 @@ Writes docs/results/gpu-NAME.json, and the tables of all such files into docs/gp
 
     python tests/bench.py --device cuda
 """
-import argparse
-import copy
-import dataclasses
-import gc
-import importlib
-import json
-import re
-import statistics
-import sys
-import time
+import argparse, copy, dataclasses, gc, importlib, json, re, statistics, sys, time
 from pathlib import Path
 
 import torch

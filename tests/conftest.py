@@ -1,13 +1,8 @@
 """What several tests need: the scripts as modules, a small network and small data for each, small
 archives of the true format, and runs in processes of their own."""
-import importlib
-import io
-import json
-import os
-import subprocess
-import sys
-import tarfile
+import importlib, io, json, os, subprocess, sys, tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -59,15 +54,19 @@ def small_config(script, **fields):
     return script.make_config(**settings)
 
 
+@torch.no_grad()
+def shake(net, scale=0.05):
+    """Adds noise to all weights, so that every one matters."""
+    for p in net.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn_like(p), alpha=scale)
+    return net
+
+
 def small_net(script, scale=0.05, **fields):
     """A small network, in eval mode, whose every weight matters."""
     torch.manual_seed(0)
-    net = script.build_net(small_config(script, **fields)).eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p), alpha=scale)
-    return net
+    return shake(script.build_net(small_config(script, **fields)).eval(), scale)
 
 
 def random_data(script):
@@ -102,6 +101,17 @@ def config(request, tmp_path, monkeypatch):
     use_random_data(script, monkeypatch.setattr)
     out = str(tmp_path / "run")
     return lambda **fields: small_config(script, **{"out": out, **fields})
+
+
+def spy(monkeypatch, owner, name):
+    """Watches a function or method: its calls from now on, with .args (and self) and .kwargs."""
+    calls, function = [], getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        calls.append(mock.call(*args, **kwargs))
+        return function(*args, **kwargs)
+    monkeypatch.setattr(owner, name, watched)
+    return calls
 
 
 def rounding(largest, additions):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import PIXEL, load, only, rounding, small_config, small_net
+from conftest import PIXEL, load, only, rounding, small_config, small_net, spy
 
 pytestmark = pytest.mark.numeric
 script = load("uvit_sc")
@@ -196,14 +196,9 @@ def test_labels_enter_the_time_embedding(script):
 
 @only("edm_sc", "uvit_sc")
 def test_sampling_and_probing_tell_of_no_transformation(script, monkeypatch):
-    net, told = small_net(script, aug=0.5), []
-    forward = net.forward
-
-    def spy(x, c_noise, y=None, aug=None):
-        told.append(aug)
-        return forward(x, c_noise, y, aug)
-    monkeypatch.setattr(net, "forward", spy)
-    x = torch.zeros(2, 3, 16, 16)
+    net, x = small_net(script, aug=0.5), torch.zeros(2, 3, 16, 16)
+    calls = spy(monkeypatch, net, "forward")
     script.sample(net, net.cfg, range(4))
     script.features(net, x, net.cfg.t_probe, x)
-    assert len(told) > 1 and all(aug is None for aug in told)
+    assert len(calls) > 1 and all(call.kwargs.get("aug") is None for call in calls)
+    assert all(len(call.args) < 4 for call in calls)

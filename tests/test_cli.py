@@ -1,8 +1,6 @@
 """The command line: what users get wrong ends with one line and status 2, before anything is
 written. It is one text in all scripts; what differs are the settings that each has."""
-import dataclasses
-import inspect
-import re
+import dataclasses, inspect, re
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from conftest import (final, load, log, no_statistics, only, random_data, rounding, same,
-                      small_config)
+                      shake, small_config, spy)
 
 pytestmark = pytest.mark.numeric
 edm_sc = load("edm_sc")
@@ -78,10 +78,7 @@ def student(script, **fields):
     """A student whose every weight matters, its inputs for 8 images, and those of its keys."""
     cfg = small_config(script, cl=0.01, **fields)
     torch.manual_seed(0)
-    made = script.Student(script.build_net(cfg), cfg)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p), alpha=0.02 * p.requires_grad)
+    made = shake(script.Student(script.build_net(cfg), cfg), 0.02)
     images, labels = random_data(script)
     x_0, aug = script.make_view(images[:8], script.draw_view(cfg, script.rng(3)))
     diffusion, gen = script.Diffusion(cfg), script.rng(0)
@@ -149,25 +146,15 @@ def test_the_teacher(script, make, monkeypatch):
     least = script.Diffusion.t_range[0]
     for target in ("probe", "min"):
         made, _, (x_0, aug, eps) = make(cl_target=target, aug=0.5)
-        ran, told, times = [], [], []
+        ran = []
         for block in made.net.blocks:
             block.register_forward_hook(lambda *args: ran.append(1))
-        forward, add_noise = made.net.forward, script.Diffusion.add_noise
-
-        def spy(x, c_noise, y=None, aug=None):
-            told.append((y, aug))
-            return forward(x, c_noise, y, aug)
-
-        def noised(self, x_0, t, eps):
-            times.append(t)
-            return add_noise(self, x_0, t, eps)
-        made.net.forward = spy
-        with monkeypatch.context() as patch:
-            patch.setattr(script.Diffusion, "add_noise", noised)
-            made.keys(x_0, aug, eps)
+        told = spy(monkeypatch, made.net, "forward")
+        noised = spy(monkeypatch, script.Diffusion, "add_noise")
+        made.keys(x_0, aug, eps)
         assert len(ran) == int(made.net.cfg.layer[-1])
-        assert told[0][0] is None and told[0][1] is aug
-        at = times[0].unique().tolist()
+        assert len(told[0].args) == 2 and told[0].kwargs == dict(aug=aug)
+        at = noised[0].args[2].unique().tolist()
         assert at == pytest.approx([made.net.cfg.t_probe if target == "probe" else least])
 
 
@@ -175,25 +162,16 @@ def test_the_teacher(script, make, monkeypatch):
 def test_two_views(script, config, monkeypatch):
     """The teacher, another network that is not trained, sees the same images in another view and
     other noise."""
-    seen, views, keys, make_view = [], [], script.Student.keys, script.make_view
-
-    def spy_keys(self, x_0, aug, eps):
-        seen.extend([self, eps])
-        return keys(self, x_0, aug, eps)
-
-    def spy_view(images, view):
-        views.append((images, view))
-        return make_view(images, view)
-    monkeypatch.setattr(script.Student, "keys", spy_keys)
-    monkeypatch.setattr(script, "make_view", spy_view)
+    keys, views = spy(monkeypatch, script.Student, "keys"), spy(monkeypatch, script, "make_view")
     cfg = config(cl=0.01, aug=0.5, steps=1)
     script.train(cfg)
-    (images, view), (again, other) = views
+    teacher, _, _, eps = keys[0].args
+    (images, view), (again, other) = [call.args for call in views]
     assert torch.equal(images, again) and not torch.equal(view, other)
     shape, device = images.shape[-3:], torch.device("cpu")
     random = script.draw_random(cfg, script.Diffusion(cfg), 0, shape, device)
-    assert (random["eps"] - seen[1]).abs().mean() > 0.5
-    assert not seen[0].training and not any(p.requires_grad for p in seen[0].parameters())
+    assert (random["eps"] - eps).abs().mean() > 0.5
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_edm_learns_its_weights_with_augmentation_alone():

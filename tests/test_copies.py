@@ -1,9 +1,6 @@
 """Same name, same text: what two scripts share is one text, so that a diff of two scripts shows
 what they are about. And what no file may do."""
-import ast
-import difflib
-import itertools
-import re
+import ast, difflib, itertools, re
 
 import pytest
 

@@ -4,15 +4,14 @@
 
 Small networks on random data; two processes over NCCL where there are two GPUs.
 """
-import dataclasses
-import json
+import dataclasses, json
 
 import pytest
 import torch
 
 import fid
 import probe
-from conftest import final, finish, launch, log, losses, only, random_data, small_net
+from conftest import final, finish, launch, log, losses, only, random_data, shake, small_net
 
 DEVICE = "cuda"
 gpus = torch.cuda.device_count()
@@ -40,17 +39,9 @@ def on_gpu(script, config, monkeypatch):
         numbers = draw_random(cfg, diffusion, step, shape, torch.device("cpu"))
         return {k: v if k.endswith("view") else v.to(device) for k, v in numbers.items()}
 
-    def louder(cfg):                                    # every weight matters
-        net = build_net(cfg)
-        with torch.no_grad():
-            for p in net.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p), alpha=0.05)
-        return net
-
     def train(out, device=DEVICE, real=False, **fields):
         monkeypatch.setattr(script, "draw_random", draw_random if real else drawn)
-        monkeypatch.setattr(script, "build_net", louder)
+        monkeypatch.setattr(script, "build_net", lambda cfg: shake(build_net(cfg)))
         cfg = config(device=device, **fields)
         cfg.out = f"{cfg.out}-{out}"
         assert script.train(cfg) == 0

@@ -1,14 +1,6 @@
 """Data sets: the same glyphs everywhere, archives of the true format, downloads that leave no bad
 file behind. The pixel scripts share the text, so one of them is tested."""
-import gzip
-import hashlib
-import http.server
-import io
-import socket
-import tarfile
-import threading
-import time
-import zipfile
+import gzip, hashlib, http.server, io, socket, tarfile, threading, time, zipfile
 
 import numpy as np
 import pytest
@@ -97,6 +89,37 @@ def test_damaged_archives(tmp_path, damage, name, dataset):
     with pytest.raises(edm_sc.UserError, match="--data_dir .*delete what is damaged") as caught:
         load(tmp_path, dataset, train=True)
     assert "\n" not in str(caught.value) and f"{dataset} cannot be read" in str(caught.value)
+
+
+RECORD = bytes(3074)
+HOSTILE = {   # what is wrong: members (name, type, link, data)
+    "symlink": [("cifar-100-binary/train.bin", tarfile.SYMTYPE, "/etc/passwd", b"")],
+    "hardlink": [("cifar-100-binary/train.bin", tarfile.LNKTYPE, "/etc/passwd", b"")],
+    "device": [("cifar-100-binary/train.bin", tarfile.CHRTYPE, "", b"")],
+    "nothing": [("cifar-100-binary/other.bin", tarfile.REGTYPE, "", RECORD)],
+    "half": [("cifar-100-binary/train.bin", tarfile.REGTYPE, "", RECORD + RECORD[:1000])],
+    "traversal": [("../../harm", tarfile.REGTYPE, "", b"harm"),
+                  ("cifar-100-binary/train.bin", tarfile.REGTYPE, "", RECORD)],
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives(tmp_path, kind):
+    """They are read in place: nothing is extracted, no link is followed out of them."""
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "cifar-100-binary.tar.gz", "w:gz") as tar:
+        for name, member, link, data in HOSTILE[kind]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = member, link, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if kind == "traversal":
+        assert len(load(folder, "cifar100", train=True)[0]) == 1
+    else:
+        with pytest.raises(edm_sc.UserError):
+            load(folder, "cifar100", train=True)
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == ["cifar-100-binary.tar.gz"]
 
 
 def test_size_that_a_data_set_does_not_have(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import load, no_statistics, rounding, small_config, small_net
+from conftest import load, no_statistics, rounding, small_config, small_net, spy
 
 pytestmark = pytest.mark.numeric
 dit = load("dit_latent_sc")
@@ -93,50 +93,6 @@ def test_positions_and_rotations():
     assert not net.pos_embed.requires_grad
 
 
-def test_starts_as_zero_and_lets_gradients_through():
-    net = dit.build_net(small_config(dit))
-    assert net(X, T)[0].abs().max() == 0
-    net(X, T)[0].sum().backward()
-    assert net.final_layer.linear.weight.grad.abs().sum() > 0
-
-
-@torch.no_grad()
-def test_self_conditioning_reaches_later_blocks_alone():
-    """Blocks up to the chosen one are the baseline's, bit for bit; the later ones and the last
-    layer read e + s(t) W f, or e + W f with `add`."""
-    nets = {way: small_net(dit, self_cond=way) for way in ("none", "add", "adaptive", "adaptive1")}
-    maps, e_read = {}, {}
-    for way, net in nets.items():
-        net.load_state_dict({**net.state_dict(), **nets["none"].state_dict()})
-        maps[way] = []
-        for block in net.blocks:
-            block.register_forward_hook(lambda block, inputs, h, way=way: maps[way].append(h))
-        net.final_layer.register_forward_hook(lambda l, i, h, way=way: e_read.update({way: i[1]}))
-        f = net(X, T, Y)[1]
-        assert torch.equal(f, maps[way][1].mean(dim=1))
-        equal = [torch.equal(a, b) for a, b in zip(maps[way], maps["none"])]
-        assert equal == [True, True, way == "none"]
-        e = net.time_emb(T) + net.y_embedder.embedding_table(Y)
-        if way != "none":
-            e = e + (net.sc_time(T) if net.sc_time else 1) * net.sc_proj(f)
-        assert torch.equal(e_read[way], e)
-    start = dit.build_net(small_config(dit, self_cond="adaptive1"))
-    assert torch.equal(start.sc_time(T), torch.ones(4, 64))
-
-
-@torch.no_grad()
-def test_features():
-    """Every block, pooled; stopping early changes nothing, bit for bit. No class is told."""
-    net, ran = small_net(dit), []
-    full = dit.features(net, X, 0.25, X.flip(0))
-    assert list(full) == dit.layers(net.cfg) == ["block_1", "block_2", "block_3"]
-    net.blocks[2].register_forward_hook(lambda *args: ran.append(1))
-    part = dit.features(net, X, 0.25, X.flip(0), last="block_2", place=torch.rand(4))
-    assert not ran and torch.equal(part["block_2"], full["block_2"]) and "token_2" in part
-    x_t, at = 0.75 * X + 0.25 * X.flip(0), torch.full((4,), 0.25)
-    assert torch.equal(net(x_t, at, torch.full((4,), net.null))[1], full["block_2"])
-
-
 @torch.no_grad()
 def test_classes():
     """Not told is the last row of the table, for None, and where the view hides the class; another
@@ -180,15 +136,10 @@ def test_views_of_latents():
 def test_samples_by_class(monkeypatch):
     """Classes in turn, so that N images have N / classes of each; the checkpoint carries what
     latents are normalised by."""
-    net, seen = small_net(dit), []
+    net = small_net(dit)
     net.latent_mean.fill_(0.25)
-    forward = net.forward
-
-    def spy(x, c_noise, y=None, aug=None):
-        seen.append(y)
-        return forward(x, c_noise, y, aug)
-    monkeypatch.setattr(net, "forward", spy)
+    calls = spy(monkeypatch, net, "forward")
     images = dit.sample(net, net.cfg, range(16))
     assert images.shape == (16, 3, 16, 16)
-    assert seen[0][:16].tolist() == [k % 10 for k in range(16)]
+    assert calls[0].args[2][:16].tolist() == [k % 10 for k in range(16)]
     assert (net.state_dict()["latent_mean"] == 0.25).all()

@@ -1,7 +1,5 @@
 """Folders of pictures: the rules of the data section, with inputs that were met in use."""
-import io
-import os
-import time
+import io, os, time
 
 import numpy as np
 import pytest

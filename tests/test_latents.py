@@ -1,7 +1,6 @@
 """Latents of dit_latent_sc.py: the tokenizer's layout and its file, --encode, and what is refused.
 Numbers of the public VA-VAE were compared once, with its code."""
-import json
-import threading
+import json, threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 import dit_latent_sc as dit
-from conftest import finish, flags, start
+from conftest import finish, flags, spy, start
 from test_data import Host, host  # noqa: F401: a fixture
 
 CPU = torch.device("cpu")
@@ -243,13 +242,9 @@ def test_test_images_of_no_class(cfg, tmp_path, capsys):
 def test_latents_may_be_larger_than_memory(cfg, monkeypatch):
     """They are mapped as what is only read: a system may refuse room for a copy of ImageNet's."""
     encoded(cfg)
-    modes, memmap = [], np.memmap
-
-    def spy(path, dtype, mode, **more):
-        modes.append(mode)
-        return memmap(path, dtype, mode, **more)
-    monkeypatch.setattr(np, "memmap", spy)
-    assert len(dit.load_data(cfg, True)[0]) == 1090 and modes == ["r"]
+    calls = spy(monkeypatch, np, "memmap")
+    assert len(dit.load_data(cfg, True)[0]) == 1090
+    assert [call.args[2] for call in calls] == ["r"]
 
 
 def test_vavae_on_a_cpu(pictures, small_vae):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import probe
 import uvit_sc
-from conftest import finish, launch
+from conftest import finish, launch, spy
 
 ARGS = argparse.Namespace(seed=0, epochs=6, batch=32, lr=4e-3, device=torch.device("cpu"))
 QUICK, ALL = ["--epochs", "2", "--device", "cpu"], torch.arange(200)
@@ -49,12 +49,6 @@ def refused(capsys, *arguments):        # the one line with which a probe ends i
     with pytest.raises(SystemExit, match="^2$"):
         probe.main([*map(str, arguments)])
     return re.fullmatch("(?s).*?(probe: [^\n]*)\n", capsys.readouterr().err)[1]
-
-
-def spy(monkeypatch, owner, name):      # the arguments of all calls from now on
-    calls, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *a, **more: calls.append(a) or function(*a, **more))
-    return calls
 
 
 def test_heads_together_equal_heads_apart():
@@ -122,7 +116,7 @@ def test_draws(run, monkeypatch):
     assert draws[0].shape == (64, 1, net.D) and draws[0].dtype == "float16"
     assert (draws[0] == draws[3]).all() and (draws[0] != draws[1]).any()
     probe.Features(images, 11, ["cls_1"], args, [-1]).chunk(0, -1)      # test images: as they are
-    views = torch.stack([view for _, view in calls])        # (5, 64, 9); column 0: mirrored
+    views = torch.stack([call.args[1] for call in calls])        # (5, 64, 9); column 0: mirrored
     assert not views[:, :, 1:].any() and not views[4].any() and (views[0] != views[2]).any()
     assert torch.equal(views[0, :, 0], 1 - views[1, :, 0])
 
@@ -162,7 +156,7 @@ def test_the_choice_is_honest(run, monkeypatch):
     """Heads that choose never see what judges them, and test labels change the accuracy alone."""
     fit, accuracy = spy(monkeypatch, probe, "fit"), spy(monkeypatch, probe, "accuracy")
     one = result(run, run / "last.pt", *QUICK)
-    trained, judged = set(fit[0][1].tolist()), set(accuracy[0][3].tolist())
+    trained, judged = set(fit[0].args[1].tolist()), set(accuracy[0].args[3].tolist())
     assert not trained & judged and trained | judged == set(range(64)) and len(judged) == 6
     cfg, _ = uvit_sc.load_checkpoint(run / "last.pt")
     data = [uvit_sc.load_data(cfg, train) for train in (False, True)]
@@ -179,7 +173,7 @@ def test_few_images_drawn_by_the_seed(run, monkeypatch):
     for seed in 0, 0, 1:
         r = result(run, run / "last.pt", "--n", 9, "--seed", seed, *QUICK)
         assert (r["train_images"], r["held_out_images"], r["test_images"]) == (9, 1, 32)
-    one, again, other = [images for images, *_ in calls][::3]
+    one, again, other = [call.args[0] for call in calls][::3]
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 

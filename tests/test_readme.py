@@ -1,10 +1,5 @@
 """README and the pages behind it: commands parse, quotations and names exist, links lead on."""
-import functools
-import importlib
-import json
-import re
-import shlex
-import statistics
+import functools, importlib, json, re, shlex, statistics
 
 import pytest
 

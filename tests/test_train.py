@@ -1,15 +1,13 @@
 """The training loop: exact resume, the same losses on any number of processes, faults that lose
 nothing. It is one text in all scripts (test_copies.py), so most of this is tried with one."""
-import dataclasses
-import os
-import signal
+import contextlib, dataclasses, os, resource, signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import (agree, final, finish, load, log, losses, only, random_data, same,
-                      small_config, small_net, start, use_random_data)
+                      small_config, small_net, spy, start, use_random_data)
 
 one = only("uvit_sc")
 
@@ -86,17 +84,56 @@ script.train(small_config(script, **FIELDS))
 def test_killed_and_resumed(script, config):
     """SIGKILL in the middle of writing a checkpoint: the one before is whole, and what goes on from
     there ends with the weights of a run that was never interrupted, bit for bit (the same machine,
-    as above), and with its log."""
+    as above), and with its log: later lines, and half of one, are dropped. Without a log, a run
+    goes on as well."""
     fields = dict(steps=40, save_every=1)                           # after each 8 steps
     whole, resumed = config(**fields), config(**fields, out=config().out + "2")
     script.train(whole)
     process = start(["-c", f"FIELDS = {dict(fields, out=resumed.out)}\n{KILLED}"])
     assert finish(process)[0] == -signal.SIGKILL and final(resumed.out)["step"] == 16
     assert len(log(resumed.out)) == 24
+    file = Path(resumed.out, "log.jsonl")
+    file.write_text(file.read_text() + '{"step": 25, "lo')
     script.train(resumed)
     a, b = final(whole.out), final(resumed.out)
     assert all(same(a[k], b[k]) for k in ("step", "model", "ema", "optimizer"))
     assert losses(whole.out) == losses(resumed.out)
+    file.unlink()
+    script.train(dataclasses.replace(resumed, steps=41))
+    assert [line["step"] for line in log(resumed.out)] == [41]
+
+
+@contextlib.contextmanager
+def files_end_at(size):
+    """No file can grow beyond `size` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@one
+def test_full_disk(script, config):
+    """In the middle of writing a checkpoint: the old file stays, no part is left, the run can go
+    on. What a killed run has left does no harm. A damaged file stays as it is."""
+    script.train(config(steps=2))
+    cfg, path = config(steps=3), Path(config().out, "last.pt")
+    before = path.read_bytes()
+    for share in (0.1, 0.99):
+        with files_end_at(int(len(before) * share)), pytest.raises((OSError, RuntimeError)):
+            script.train(cfg)
+        assert path.read_bytes() == before and not list(path.parent.glob(".*"))
+    path.write_bytes(before[:-1])
+    with pytest.raises(script.UserError, match="last.pt is .*damaged"):
+        script.train(cfg)
+    assert path.read_bytes() == before[:-1]
+    path.write_bytes(before)
+    path.with_name(".last.pt.0-1.part").write_bytes(b"of a killed run")
+    with open(path, "rb") as old:           # the new file takes the place of the old one at once
+        assert script.train(cfg) == 0 and final(cfg.out)["step"] == 3
+        assert old.read() == before
 
 
 @one
@@ -266,18 +303,13 @@ def test_another_run_is_refused_by_name(script, config, monkeypatch):
 def test_learning_rate_and_clipping(script, config, monkeypatch):
     """The rate rises over --warmup epochs of 8 steps and falls to 0 over the last --lr_decay of the
     run; gradients have a norm of --clip at most."""
-    limits, clip = [], script.nn.utils.clip_grad_norm_
-
-    def spy(parameters, norm):
-        limits.append(norm)
-        return clip(parameters, norm)
-    monkeypatch.setattr(script.nn.utils, "clip_grad_norm_", spy)
+    calls = spy(monkeypatch, script.nn.utils, "clip_grad_norm_")
     cfg = config(warmup=1.5, lr_decay=0.25, steps=20)
     script.train(cfg)
     expected = [1e-3 * min(1, (step + 1) / 12, (20 - step) / 5) for step in range(20)]
     assert [line["lr"] for line in log(cfg.out)] == pytest.approx(expected)
     script.train(config(clip=0.0, steps=1, out=cfg.out + "2"))
-    assert limits == [1] * 20 + [float("inf")]
+    assert [call.args[1] for call in calls] == [1] * 20 + [float("inf")]
 
 
 @one
@@ -406,18 +438,16 @@ def test_init_keeps_what_these_latents_are_normalised_by(script, config, tmp_pat
 # ---- Parts ---------------------------------------------------------------------------------------
 
 def test_ema_rate():
-    """min(rate, 1 - n^(-2/3)): the first call copies; buffers are copied, never averaged. Without
-    the ramp, which LightningDiT does not have: the rate itself."""
+    """min(rate, 1 - n^(-2/3)): the first call copies. Without the ramp, which LightningDiT does not
+    have: the rate itself."""
     script = load("dit_latent_sc")
-    net, ema = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1).requires_grad_(False)
+    net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False)
     for n, value, ramp in ((1, 3.0, True), (8, 5.0, True), (10**9, 7.0, True), (1, 9.0, False)):
         net.weight.data.fill_(value)
-        net.running_mean.fill_(value)
         before = ema.weight.item()
         script.update_ema(ema, net, 0.9, n, ramp)
         rate = min(0.9, 1 - n ** (-2 / 3)) if ramp else 0.9
         assert ema.weight.item() == pytest.approx(rate * before + (1 - rate) * value, rel=1e-6)
-        assert ema.running_mean.item() == value
     ramps = [script.make_config(name).ema_ramp for name in ("glyphs", "folder", "imagenet")]
     assert ramps == [True, True, False]
 

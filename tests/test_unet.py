@@ -1,13 +1,12 @@
-"""The UNets: sizes, recipes, equality with the public network, self-conditioning, features. The
-class is one text in three scripts (test_copies.py)."""
+"""The UNets: sizes, recipes, equality with the public network. The class is one text in three
+scripts (test_copies.py)."""
 import pytest
 import torch
 
 import ddpm_sc
-from conftest import UNETS, load, only, rounding, small_config, small_net
+from conftest import UNETS, load, only, rounding, small_net
 
 pytestmark = pytest.mark.numeric
-unet = only("edm_sc")
 
 
 @only(*UNETS)
@@ -128,65 +127,3 @@ def test_checkpoints_of_the_public_code(tmp_path):
     torch.save({"EMA": {"initted": torch.tensor(True)}}, tmp_path / "model.pth")
     with pytest.raises(script.UserError, match="does not fit this network"):
         script.load_weights(net, tmp_path / "model.pth")
-
-
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-C_NOISE = torch.tensor([0.1, 0.2, 0.5, 0.9])
-
-
-@unet
-@torch.no_grad()
-def test_self_conditioning_reaches_the_decoder_alone(script):
-    """f is pooled at out_2; layers up to it are the baseline's, bit for bit, all later ones change.
-    Their e is e + W f with `add`, e + s(t) W f with `adaptive`, where s is 1 at first with
-    `adaptive1`."""
-    nets = {way: small_net(script, self_cond=way) for way in ("none", "add", "adaptive")}
-    nets["adaptive1"] = script.build_net(small_config(script, self_cond="adaptive1")).eval()
-    maps, e_read = {}, {}
-    for way, net in nets.items():
-        net.load_state_dict({**net.state_dict(), **nets["none"].state_dict()})
-        maps[way] = []
-        for block in net.blocks:
-            block.register_forward_hook(lambda block, inputs, h, way=way: maps[way].append(h))
-        net.up[-1].register_forward_hook(lambda block, i, h, way=way: e_read.update({way: i[1]}))
-        _, f = net(X, C_NOISE)
-        assert torch.equal(f, maps[way][1].mean(dim=(2, 3)))
-        equal = [torch.equal(a, b) for a, b in zip(maps[way], maps["none"])]
-        assert equal == ([True] * 4 if way == "none" else [True, True, False, False])
-        e = net.time_emb(C_NOISE)
-        if way != "none":
-            s = net.sc_time(C_NOISE) if net.sc_time else 1
-            e = e + s * net.sc_proj(f)
-        assert torch.equal(e_read[way], e)
-    assert torch.equal(nets["adaptive1"].sc_time(C_NOISE), torch.ones(4, 64))
-
-
-@unet
-def test_gradients_flow_through_the_feature(script):
-    """The decoder's wish for a better feature reaches the encoder: f is not detached."""
-    net, seen = small_net(script), []
-    net.sc_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    net(X, C_NOISE)[0].square().mean().backward()
-    assert seen[0].requires_grad and net.sc_proj.weight.grad.abs().max() > 0
-    assert net.sc_time.lin1.weight.grad.abs().max() > 0
-
-
-@only(*UNETS)
-def test_features(script):
-    """Every layer pooled, float32; stopping early changes nothing, bit for bit, and runs nothing
-    behind the last layer; one position's feature is one of the map's."""
-    net, ran = small_net(script), []
-    layers, t = script.layers(net.cfg), net.cfg.t_probe
-    eps = X.flip(0)
-    full = script.features(net, X, t, eps)
-    assert list(full) == layers == ["out_1", "out_2", "out_3", "out_4"]
-    assert [f.shape for f in full.values()] == [(4, 32), (4, 32), (4, 16), (4, 16)]
-    assert all(f.dtype == torch.float32 and not f.requires_grad for f in full.values())
-    net.blocks[2].register_forward_hook(lambda *args: ran.append(1))
-    part = script.features(net, X, t, eps, last="out_2", place=torch.tensor([0, 0.3, 0.5, 0.99]))
-    assert not ran and torch.equal(part["out_2"], full["out_2"])
-    assert set(part) == {"out_1", "out_2", "token_1", "token_2"}
-    assert part["token_2"].shape == (4, 32) and not torch.equal(part["token_2"], part["out_2"])
-    diffusion, at = script.Diffusion(net.cfg), torch.full((4,), t)
-    f = net(*diffusion.inputs(diffusion.add_noise(X, at, eps), at))[1]
-    assert torch.equal(f, full[net.cfg.layer])

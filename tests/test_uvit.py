@@ -85,27 +85,6 @@ def test_cls_reads_and_is_read():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("self_cond", ["cls", "none"])
-def test_features(self_cond):
-    """Every layer, pooled over patches alone; stopping early changes nothing, bit for bit, and runs
-    nothing behind the last layer."""
-    net, ran = small_net(script, self_cond=self_cond), []
-    full = script.features(net, X, 11, X.flip(0))
-    assert list(full) == script.layers(net.cfg)
-    assert all(f.shape == (4, 64) and f.dtype == torch.float32 for f in full.values())
-    maps = []
-    net.out_blocks[0].register_forward_hook(lambda block, inputs, h: maps.append(h))
-    net.out_blocks[1].register_forward_hook(lambda *args: ran.append(1))
-    place = torch.tensor([0, 0, 0.5, 0.99])
-    part = script.features(net, X, 11, X.flip(0), last="out_1", place=place)
-    assert not ran and torch.equal(part["out_1"], full["out_1"])
-    assert torch.equal(part["out_1"], maps[0][:, net.extras:].mean(dim=1))
-    assert torch.equal(part["token_1"], maps[0][range(4), [net.extras + k for k in (0, 0, 8, 15)]])
-    if self_cond == "cls":
-        assert torch.equal(full["cls_1"], maps[0][:, 1]) and "cls_1" in part
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("fields, name", [
     ({}, "cls_1"), (dict(cl_feature="gap"), "out_1"), (dict(layer="cls_2"), "cls_2"),
     (dict(layer="cls_2", cl_feature="gap"), "out_2"),
