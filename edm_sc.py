@@ -601,10 +601,9 @@ def make_parts(cfg, device):
 
 
 def train(cfg):
-    """The whole training. Returns 0, or the signal that ended it: the same command resumes there.
-    Every process draws the random numbers of the *global* batch from (seed, step) and uses its own
-    rows of them: so a resumed run equals an unbroken one, and two processes with 4 images each
-    compute what one does with 8 (but for dropout's masks, which each draws for its own images)."""
+    """Returns 0, or the signal that ended it: the same command resumes there. All processes draw
+    the random numbers of the *global* batch from (seed, step) and use their own rows: so a resumed
+    run equals an unbroken one, two processes with 4 images each one with 8 (but for dropout)."""
     device, diffusion, out = start(cfg), Diffusion(cfg), Path(cfg.out)
     per_pass, rest = divmod(cfg.batch, WORLD * cfg.accum)           # images of a process at a time
     if rest:

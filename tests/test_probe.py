@@ -221,9 +221,9 @@ def test_one_class_is_refused(run, monkeypatch, capsys):
 def test_weights_of_others(run, tmp_path, cifar):
     torch.save(uvit_sc.load_checkpoint(run / "last.pt")[1].state_dict(), tmp_path / "bare.pth")
     one = result(run, run / "last.pt", *QUICK)
-    flags = "--dataset cifar100 --backbone uvit_tiny --patch 8 --layer out_1 --self_cond cls".split()
+    flags = "--dataset cifar100 --backbone uvit_tiny --patch 8 --layer out_1 --self_cond cls"
     script = "--script", "uvit_sc", "--init", tmp_path / "bare.pth"
-    two = result(tmp_path, *script, *flags, "--data_dir", cifar, *QUICK)
+    two = result(tmp_path, *script, *flags.split(), "--data_dir", cifar, *QUICK)
     for key in "accuracy", "ridge", "knn", "held_out_accuracy", "self_cond":
         assert one[key] == two[key]
 

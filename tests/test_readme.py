@@ -104,7 +104,7 @@ def test_gpu_page_has_the_measured_tables(tmp_path):
 
 
 def test_claim(tmp_path, monkeypatch):
-    """The tables of the planned evidence are those of its results, its verdicts those of its plan."""
+    """The planned evidence: tables are those of its results, verdicts those of its plan."""
     monkeypatch.syspath_prepend(ROOT / "docs")
     evidence = importlib.import_module("evidence")
     for name in ("README.md", "docs/evidence.md"):
@@ -156,7 +156,7 @@ def test_map_of_the_paper():
 
 
 def test_tables_are_those_of_the_results():
-    """A row with four plain values has loss, probe, ridge and FD-tiny, over the seeds of its run."""
+    """A row with four plain values has loss, probe, ridge and FD-tiny, over its seeds."""
     results = {}
     for file in (ROOT / "docs/results/runs.jsonl", ROOT / "docs/results/retrofit.jsonl"):
         for run in map(json.loads, file.read_text().splitlines()):

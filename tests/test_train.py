@@ -35,7 +35,7 @@ def test_run_folder(script, config):
 
 @one
 def test_when_files_come(script, config):
-    """64 images in steps of 200: epochs 3, 6, 9 and 12 are seen. Each step passes one that is due to
+    """64 images in steps of 200: epochs 3, 6, 9 and 12 are seen. Each passes one that is due to
     be saved; the last step draws though no 14th epoch was passed. 0 means never: last.pt alone
     comes then. --steps rules over --epochs."""
     cfg = config(batch=200, epochs=10, save_every=2, sample_every=7)
