@@ -309,7 +309,7 @@ class DDPM:
         return alpha * x_0 + sigma * eps
 
     def inputs(self, x_t, t):
-        """What the network is given: x_t, and c_noise, the time as it is told: time_scale * t."""
+        """What the network is given: x_t, and c_noise = time_scale * t."""
         return x_t, t * self.time_scale
 
     def loss(self, prediction, x_0, eps, t):
@@ -1026,8 +1026,8 @@ def read_batches(images, labels, cfg, step, own, device):
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
 
 
@@ -1036,8 +1036,8 @@ class UserError(ValueError):
 
 
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`; the third tells uses apart.
-    They are hashed: CPU generators keep 32 bits of a seed, so sums of keys would collide."""
+    """A generator whose stream is a function of the integers `key`; in training the third is the
+    use. Hashed to 32 bits, all that CPU generators keep of a seed: sums of keys would collide."""
     seed = int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16)
     return torch.Generator(device).manual_seed(seed)
 
@@ -1103,8 +1103,8 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """On CUDA matrix products in bf16, or in fp16 (scaled) where the GPU has no bf16. Weights stay
-    float32."""
+    """Matrix products in the precision of --amp; auto: on CUDA bf16, or fp16 (scaled) where the GPU
+    has no bf16, else float32. Weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         good = torch.cuda.is_bf16_supported(including_emulation=False)

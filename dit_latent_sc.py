@@ -1002,7 +1002,7 @@ def to_images(cfg, x):
 
 
 def list_images(cfg, train):
-    """What there is to encode: labels, a hash of it all, and read(i), which returns image i as
+    """What there is to encode: labels, a hash (folders: of names, sizes, labels), read(i): image i as
     uint8 (3, S, S), or a text if it cannot be decoded."""
     if cfg.dataset == "glyphs":
         images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)
@@ -1076,10 +1076,10 @@ def encode(cfg, train, device):
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free / 1e9
         print(f"{path}: {N} images, {N * size / 1e9:.2f} GB to write, {free:.0f} GB free")
-        home = read_facts(latents_path(cfg, True))                  # the training latents'
+        found = read_facts(latents_path(cfg, True))                 # the training latents'
         if train:
-            home = channel_statistics(cfg, read, N, batch, pool, device)
-        facts = dict(origin=origin, done=0, bad={}, mean=home["mean"], std=home["std"])
+            found = channel_statistics(cfg, read, N, batch, pool, device)
+        facts = dict(origin=origin, done=0, bad={}, mean=found["mean"], std=found["std"])
         write_facts(part, facts)                                    # first: `done` is 0 again
         part.write_bytes(b"")
     mean, std = (torch.tensor(facts[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
@@ -1157,8 +1157,8 @@ def read_ahead(images, labels, cfg, step, own, device):
     def read(step):
         rows = batch_indices(len(images), cfg.batch, cfg.seed, step)[own]
         batch = images[rows.to(images.device, non_blocking=images.is_cuda)]
-        wait = device.type == "cuda" and not batch.is_cuda
-        return batch.pin_memory() if wait else batch, labels[rows]
+        pin = device.type == "cuda" and not batch.is_cuda
+        return batch.pin_memory() if pin else batch, labels[rows]
 
     while device.type != "cuda":
         batch, y = read(step)
@@ -1178,8 +1178,8 @@ load_data, read_batches, draw_images = load_latents, read_ahead, draw_from_laten
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
 
 
@@ -1188,8 +1188,8 @@ class UserError(ValueError):
 
 
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`; the third tells uses apart.
-    They are hashed: CPU generators keep 32 bits of a seed, so sums of keys would collide."""
+    """A generator whose stream is a function of the integers `key`; in training the third is the
+    use. Hashed to 32 bits, all that CPU generators keep of a seed: sums of keys would collide."""
     seed = int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16)
     return torch.Generator(device).manual_seed(seed)
 
@@ -1255,8 +1255,8 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """On CUDA matrix products in bf16, or in fp16 (scaled) where the GPU has no bf16. Weights stay
-    float32."""
+    """Matrix products in the precision of --amp; auto: on CUDA bf16, or fp16 (scaled) where the GPU
+    has no bf16, else float32. Weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         good = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -15,7 +15,7 @@ import hashlib, importlib, itertools, json, math, os, socket, sys, time
 from pathlib import Path
 
 import numpy as np
-# OpenMP threads must not spin while they wait: beside a busy process, 480 images/s fell to 3.
+# OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
@@ -33,12 +33,8 @@ QUIET = RANK > 0 or None            # no progress bars; None: only where stderr 
 BESIDE = [name for name in ("ddpm_sc", "edm_sc", "rf_sc", "uvit_sc", "dit_latent_sc")
           if Path(__file__).with_name(f"{name}.py").exists()]
 SCRIPTS = {name: importlib.import_module(name) for name in BESIDE}      # nothing else is imported
-ANY = SCRIPTS[BESIDE[0]]            # one must be there; in all these have the same text
-KINDS, new_file, read_image = ANY.KINDS, ANY.new_file, ANY.read_image
-
-
-class UserError(ValueError):
-    """What the user can mend. The command line prints it as one line and ends with status 2."""
+ANY = SCRIPTS[BESIDE[0]]            # one must be there; these read the same in all:
+KINDS, UserError, new_file, read_image = ANY.KINDS, ANY.UserError, ANY.new_file, ANY.read_image
 
 
 def digest(data):
@@ -155,7 +151,7 @@ class Inception(nn.Sequential):
 
 def resize_tensorflow(x, size=299):
     """Bilinear as in TensorFlow 1: pixel i of the new image lies at i * old / new, without the
-    half-pixel shift of others. With one more pixel on both sides, so do aligned corners."""
+    half-pixel shift of others. So do aligned corners, if both images have one pixel more."""
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     return F.interpolate(x, size=size + 1, mode="bilinear", align_corners=True)[..., :-1, :-1]
 
@@ -176,7 +172,7 @@ def load_inception(file, folder, resize):
     return net.eval()
 
 
-# ---- 2. The tiny detector: a classifier trained on the spot, for small images, without network ---
+# ---- 2. The tiny detector: a classifier of small images, trained on the spot, no download --------
 
 class TinyDetector(nn.Module):
     """uint8 images (B, 1 or 3, S, S) -> features (B, 64), logits (B, classes)."""
@@ -281,10 +277,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) (Dowson & Landau 1982). With S = A A^T the
     last trace is the sum of the singular values of A1^T A2, all real. The square root of S1 S2,
     which is not symmetric, becomes complex by rounding if there are fewer images than features."""
-    def factor(sigma):      # A (D, rank), without what is but rounding: its roots, 1e-8, add up
+    def factor(sigma):      # A (D, rank); eigenvalues that are mere rounding go, as roots add up
         values, vectors = torch.linalg.eigh(sigma)
-        real = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
-        return vectors[:, real] * values[real].sqrt()
+        kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+        return vectors[:, kept] * values[kept].sqrt()
     mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
     trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
@@ -361,8 +357,8 @@ def open_folder(path):
 
 
 def open_npz(path):
-    """pytorch-fid's statistics (mu, sigma), or images as ADM stores them (arr_0). Statistics beside
-    ADM's mu_s are its evaluator's, resized as by TensorFlow; ours say how; pytorch-fid's do not."""
+    """pytorch-fid's statistics (mu, sigma), or images as ADM stores them (arr_0). A file
+    with mu_s is of ADM's evaluator, which resizes as TensorFlow; ours say how; others do not."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if "mu" in file:
@@ -380,7 +376,7 @@ def open_npz(path):
 
 
 def open_checkpoint(path, args, device, save):
-    """Samples, drawn while they are measured: image i is of seed i. save: a new folder for them."""
+    """Samples of seeds from --seed on, drawn while they are measured. save: a folder for them."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         script = SCRIPTS[state["script"]]
@@ -442,11 +438,11 @@ def measure(side, net, device, batch):
     for start, images in tqdm(side.batches(batch), side.name, total, unit="batch", disable=QUIET):
         sizes.add(f"{images.shape[3]} x {images.shape[2]}")
         images = images.to(device).contiguous()     # strides would change the rounding
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # of 10 bits
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # it has 10 bits
             stats.add(*net(images), start)
     if WORLD > 1:
-        for total in (stats.sum, stats.outer, stats.p, stats.p_log_p):
-            dist.all_reduce(total)
+        for part in (stats.sum, stats.outer, stats.p, stats.p_log_p):
+            dist.all_reduce(part)
     sizes = set().union(*gather(sizes))
     side.facts["pixels"] = sizes.pop() if len(sizes) == 1 else f"of {len(sizes)} sizes"
     score = stats.inception_score() if net.kind == "inception" and side.n >= 10 else None
@@ -454,7 +450,7 @@ def measure(side, net, device, batch):
 
 
 def measure_reference(side, net, args, device):
-    """(mu, sigma), kept for next time: the same detector and images have the same."""
+    """(mu, sigma), kept for next time by the hashes of detector and images."""
     sha = side.facts.get("sha256")      # samples have none
     cache = Path(args.data_dir, f"stats2-{net.kind}-{net.resize}-{net.hash}-{sha}.npz")
     if gather(cache.exists())[0]:
@@ -489,7 +485,7 @@ def evaluate(args, device):
                   load_inception(args.inception, args.data_dir, args.resize)).to(device)
     target = measure_reference(b, net, args, device)
     gaussian, inception_score = measure(a, net, device, args.batch)
-    whole = b.load or (a.cfg and b.name == a.cfg.dataset)       # a data set is all there is
+    whole = b.load or (a.cfg and b.name == a.cfg.dataset)       # B's size is no choice
     counts = [a.n] if whole else [a.n, b.n]
     name = "FD-tiny" if tiny else score_name(None if None in counts else min(counts))
     result = dict(inception_score=inception_score, score=name,
@@ -544,7 +540,7 @@ def parse_command_line(argv):
     add = parser.add_argument
     add("A", help="folder of images, .npz, checkpoint (.pt), or data set")
     add("B", nargs="?", help="the reference, likewise (the training images of checkpoint A)")
-    add("--n", "--images", type=int, help="to draw (50000; tiny: 1000); torchrun would take --n")
+    add("--n", "--images", type=int, help="images to draw (50000; tiny 1000); torchrun: --images")
     add("--seed", type=int, default=0, help="image i has seed SEED + i (0)")
     add("--weights", choices=("ema", "model"), default="ema", help="averaged (ema) | raw (model)")
     add("--nfe", type=int, help="network evaluations per image (the run's)")
@@ -589,7 +585,7 @@ def main(argv=None):
         result = evaluate(args, start(args.device))
         if RANK == 0:
             report(result, args.json)
-    except (OSError, UserError, *[script.UserError for script in SCRIPTS.values()]) as error:
+    except (OSError, *[script.UserError for script in SCRIPTS.values()]) as error:
         fail(error)
 
 

@@ -18,7 +18,7 @@ Checkpoints come first. Settings of a script may follow: --device, --amp, --data
 import argparse, dataclasses, functools, importlib, json, math, os, shutil, sys, tempfile, time
 from pathlib import Path
 
-# OpenMP threads must not spin while they wait: beside a busy process, 480 images/s fell to 3.
+# OpenMP threads that wait are to sleep soon: where cores are shared, spinning costs most speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def reserve(shape, folder):
 
 class Features:
     """Features at one time, (draws, N, layers, D). A draw is made when it is first asked for; all
-    are kept, or one if each epoch has its own. share: of every WORLD-th layer, with heads here."""
+    are kept, or one if each epoch has its own. share: every WORLD-th layer, with heads here."""
     def __init__(self, images, t, layers, args, draws, flip=False, share=False):
         self.images, self.t, self.layers, self.args, self.flip = images, t, layers, args, flip
         self.own = slice(RANK, None, WORLD) if share else slice(None)
@@ -78,7 +78,7 @@ class Features:
         images = self.images[c * CHUNK:(c + 1) * CHUNK].to(device)
         gen = module.rng(self.args.seed, draw // 2, c, 2, device=device)
         coins = torch.rand(len(images), generator=gen, device=device) < 0.5
-        view = torch.zeros(len(images), 9)      # no augmentation
+        view = torch.zeros(len(images), 9)      # no augmentation; latents read four columns
         view[:, 0] = (coins ^ bool(draw % 2)) & self.flip       # two draws: opposite halves
         x_0, _ = module.make_view(images, view)
         gen = module.rng(self.args.seed, draw, c, 1, device=device)
@@ -87,7 +87,7 @@ class Features:
         with module.autocast(net.cfg, device):
             last = self.args.known[self.layers[-1]]
             feats = module.features(net, x_0, self.t, eps, last=last, place=place)
-        # Narrow layers get zeros, which change little; float16 rounds less than the noise does.
+        # Narrow layers get zeros, which change little; float16 rounds off less than noise adds.
         feats = torch.nn.utils.rnn.pad_sequence([feats[layer].T for layer in self.layers])
         return feats.permute(2, 1, 0).clamp(-65504, 65504).half().cpu().numpy()
 
@@ -119,7 +119,8 @@ class Features:
 
 def fit(get, rows, labels, args):
     """Trains one linear layer for each cell, all at once, on the images `rows` (Table 11). The
-    cells' gradients are independent and Adam works by element: this equals separate training."""
+    cells' gradients are independent and Adam works by element: this equals separate training.
+    -> W (cells, D, classes), b (cells, 1, classes)."""
     gen, classes = torch.Generator().manual_seed(args.seed), int(labels.max()) + 1
     cells, _, D = get(0, rows[:1]).shape
     heads = []
@@ -142,8 +143,8 @@ def fit(get, rows, labels, args):
 
 
 def ridge(get, rows, labels, args, penalty=1e-4):
-    """Other heads: least squares of the classes, as 0 and 1, on standardised features of epoch 0,
-    in closed form, whatever their scale. `penalty` keeps it solvable where features are dead."""
+    """Other heads of the same shapes: least squares of the classes, as 0 and 1, on standardised
+    features of epoch 0, in closed form. `penalty` keeps it solvable where features are dead."""
     device = "cpu" if args.device.type == "mps" else args.device        # MPS has no float64
     xx = xy = 0
     for some in rows.split(2000):
@@ -204,7 +205,7 @@ def probe(cfg, args):
         N, some = args.n, order[:args.n].sort()[0]
         images, labels = images[some], labels[some]
         order = torch.randperm(N, generator=gen.manual_seed(args.seed))
-    # 1. Choose (time, layer) on held-out training images. Ridge has a layer of its own.
+    # 1. Choose (time, layer) on held-out training images; for ridge another layer, at this time.
     held, rest = order[:max(1, N // 10)], order[max(1, N // 10):].sort()[0]
     t, layer, ridge_layer, best = args.times[0], args.layers[0], args.layers[0], None
     table, ridge_table, draws = [], [], range(args.draws)
@@ -349,7 +350,7 @@ def probe_one(path, args, words, many):     # of a checkpoint or --init: the res
 
 
 def report(results, folder):
-    """Files and tables. Of several checkpoints, the paper takes the one best on the test set."""
+    """Files and lines. r: the checkpoint best on held-out images (the paper's: on the test set)."""
     for r in results:
         for t, scores in zip(r["times"], r["held_out_accuracy"] or []):
             print(f"held out, t = {t:g}:", *map("{} {:.2f}".format, r["layers"], scores))
@@ -379,7 +380,7 @@ def main(argv=sys.argv[1:]):
     parser = argparse.ArgumentParser(usage=__doc__, argument_default=argparse.SUPPRESS,
                                      allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
-    add("--script", choices=SCRIPTS, help="with --init, for checkpoints; its settings may follow")
+    add("--script", choices=SCRIPTS, help="with --init, not checkpoints; its settings may follow")
     add("--init", help="weights with the official names of the network of --script")
     add("--times", type=float, nargs="+", help="in units of the formulation (t_probe)")
     add("--grid", action="store_true", default=False, help="search the formulation's usual times")

@@ -311,7 +311,7 @@ class RF:
     @torch.no_grad()
     def sample(self, net, noise):
         """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. noise
-        (B, C, H, W) ~ N(0, I) -> images in [-1, 1], and network evaluations (of each) image."""
+        (B, C, H, W) ~ N(0, I) -> images, not clipped; network evaluations, by RK45 (B,)."""
         def velocity(x, t):
             return net(*self.inputs(x, t))[0].float()
 
@@ -337,8 +337,8 @@ STAGES = [
 ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
 
 
-def rk45(f, x, start, end, tol):
-    """Solves dx/dt = f(x, t). x (B, ...) at `start` -> x at `end`, evaluations of f by row (B,).
+def rk45(velocity, x, start, end, tol):
+    """dx/dt = velocity(x, t): x (B, ...) at `start` -> x at `end`, evaluations for each row (B,).
     Each row has step sizes of its own, so its solution does not depend on the others. A step is
     taken if its error, in units of tol (1 + |x|), has a root mean square of at most 1 (SciPy)."""
     def wide(v):
@@ -349,7 +349,7 @@ def rk45(f, x, start, end, tol):
 
     t = torch.full((len(x),), start, dtype=x.dtype, device=x.device)
     step = torch.full_like(t, 0.01 * (end - start))
-    slopes = [f(x, t)]
+    slopes = [velocity(x, t)]
     nfe = torch.ones_like(t)
     for _ in range(10000):
         going = t != end
@@ -357,9 +357,9 @@ def rk45(f, x, start, end, tol):
             return x, nfe
         last = (end - t).abs() <= step.abs()
         step = torch.where(last, end - t, step)
-        for c, row in STAGES:
-            x_new = x + wide(step) * combine(row, slopes)
-            slopes.append(f(x_new, t + c * step))
+        for c, weights in STAGES:
+            x_new = x + wide(step) * combine(weights, slopes)
+            slopes.append(velocity(x_new, t + c * step))
         error = wide(step) * combine(ERROR, slopes)
         error = error / (tol + tol * torch.maximum(x.abs(), x_new.abs()))
         size = error.square().flatten(1).mean(dim=1).sqrt()
@@ -1067,8 +1067,8 @@ def read_batches(images, labels, cfg, step, own, device):
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
 
 
@@ -1077,8 +1077,8 @@ class UserError(ValueError):
 
 
 def rng(*key, device="cpu"):
-    """A generator whose stream is a function of the integers `key`; the third tells uses apart.
-    They are hashed: CPU generators keep 32 bits of a seed, so sums of keys would collide."""
+    """A generator whose stream is a function of the integers `key`; in training the third is the
+    use. Hashed to 32 bits, all that CPU generators keep of a seed: sums of keys would collide."""
     seed = int(hashlib.sha256(str(key).encode()).hexdigest()[:8], 16)
     return torch.Generator(device).manual_seed(seed)
 
@@ -1144,8 +1144,8 @@ def one_process_first():
 
 
 def autocast(cfg, device):
-    """On CUDA matrix products in bf16, or in fp16 (scaled) where the GPU has no bf16. Weights stay
-    float32."""
+    """Matrix products in the precision of --amp; auto: on CUDA bf16, or fp16 (scaled) where the GPU
+    has no bf16, else float32. Weights stay float32."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp, torch.float32)
     if cfg.amp == "auto" and device.type == "cuda":
         good = torch.cuda.is_bf16_supported(including_emulation=False)

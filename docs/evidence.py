@@ -7,8 +7,9 @@
     python docs/evidence.py picture      # draws docs/claim.png; needs the folders of seed 0
 
 A run trains, computes the test loss and calls fid.py and probe.py. Workers do not do the same run:
-it belongs to the one that made its folder, runs/evidence/NAME-sSEED. Delete that to do it again.
-The scripts of the plan are those of commit 8503cb8. To repeat or go on with them:
+it belongs to the one that made its folder, runs/evidence/NAME-sSEED. To do it again delete that
+folder and its line. The scripts of the plan are those of commit 8503cb8. To go on with them (to
+repeat them, do not copy claim.jsonl):
 
     git worktree add ../claim 8503cb8 && cp docs/evidence.py ../claim/docs/
     cp docs/results/claim.jsonl ../claim/docs/results/ && cd ../claim && python docs/evidence.py work
@@ -44,7 +45,7 @@ RUNS = {  # name: command, number of seeds
 LAYERS = dict(dit="block_4", clothes="out_1", contrast="cls_1")             # that are probed
 
 
-def question(name):
+def family(name):
     return re.match(r"\w+", name)[0]
 
 
@@ -78,7 +79,7 @@ def test_loss(path):
         for i in range(0, 4 * len(images), 250):
             rows = torch.arange(i, i + 250) % len(images)
             gen = torch.Generator().manual_seed(i)
-            x_0, _ = script.make_view(images[rows], torch.zeros(250, 9))
+            x_0, _ = script.make_view(images[rows], torch.zeros(250, 9))      # as they are
             t, eps = diffusion.draw_t(250, gen), torch.randn(x_0.shape, generator=gen)
             x_in, c_noise = diffusion.inputs(diffusion.add_noise(x_0, t, eps), t)
             prediction, _ = net(x_in, c_noise, labels[rows])
@@ -99,8 +100,8 @@ def do(name, seed, folder):
                            stderr=file, env=dict(os.environ, OMP_NUM_THREADS="1"))
         seconds.append(round(time.time() - clock))
 
-    code = ["git", "log", "-1", "--format=%h", "--", "*_sc.py", "probe.py", "fid.py"]
-    commit = subprocess.check_output(code, cwd=ROOT, text=True)     # that last changed a script
+    log = ["git", "log", "-1", "--format=%h", "--", "*_sc.py", "probe.py", "fid.py"]
+    commit = subprocess.check_output(log, cwd=ROOT, text=True)      # that last changed a script
     if name == "contrast old":
         code = ("import sys; sys.path[:0] = ['.', 'docs']; import evidence, uvit_sc; "
                 "evidence.old_projector(uvit_sc); sys.exit(uvit_sc.main(sys.argv[1:]))")
@@ -108,7 +109,7 @@ def do(name, seed, folder):
     else:
         run(command)
     run(f"fid.py {folder}/last.pt --detector tiny --n 4000 --json {folder}/fid.json")
-    run(f"probe.py {folder}/last.pt --layers {LAYERS[question(name)]} --no-raw")
+    run(f"probe.py {folder}/last.pt --layers {LAYERS[family(name)]} --no-raw")
     loss, noisiest = test_loss(folder / "last.pt")
     fid, probe = (json.loads((folder / f"{file}.json").read_text()) for file in ("fid", "probe"))
     return dict(name=name, seed=seed, fd_tiny=fid["value"], loss=loss, noisiest=noisiest,
@@ -118,14 +119,15 @@ def do(name, seed, folder):
 
 
 def work(wanted=None, wanted_seed=None):
-    """What is left of RUNS, a seed of all networks of a question before the next seed."""
-    todo = [(question(name), seed, name) for name in RUNS for seed in range(RUNS[name][1])]
-    order = [question(name) for name in RUNS]
-    for _, seed, name in sorted(todo, key=lambda run: (order.index(run[0]), run[1])):
+    """What is left of RUNS, a seed of all networks of a family before the next seed."""
+    order = [family(name) for name in RUNS]
+    todo = [(order.index(family(name)), seed, name)
+            for name in RUNS for seed in range(RUNS[name][1])]
+    for _, seed, name in sorted(todo, key=lambda run: run[:2]):
         folder = ROOT / f"runs/evidence/{name.replace(' ', '-')}-s{seed}"
         done = [(line["name"], line["seed"]) for line in read_results()]
-        other = (wanted or name) != name or int(wanted_seed or seed) != seed
-        if other or (name, seed) in done:
+        asked = wanted in (None, name) and wanted_seed in (None, str(seed))
+        if not asked or (name, seed) in done:
             continue
         try:
             folder.mkdir(parents=True)
@@ -140,7 +142,7 @@ def work(wanted=None, wanted_seed=None):
         print(json.dumps(line), flush=True)
 
 
-# The questions of the plan: what is compared, primary figure, in which direction it would be better.
+# The questions of the plan: two networks, the primary figure, what is asked.
 QUESTIONS = {
     "1a": ("dit-cond adaptive", "dit-cond none", "fd_tiny", "samples, told the classes"),
     "1b": ("dit adaptive", "dit none", "fd_tiny", "samples, not told"),
