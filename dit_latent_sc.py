@@ -1002,7 +1002,7 @@ def to_images(cfg, x):
 
 
 def list_images(cfg, train):
-    """What there is to encode: labels, a hash (folders: of names, sizes, labels), read(i): image i as
+    """What there is to encode: labels, a hash (folders: names, sizes, labels), read(i): image i as
     uint8 (3, S, S), or a text if it cannot be decoded."""
     if cfg.dataset == "glyphs":
         images, labels = draw_glyphs(20000, seed=0) if train else draw_glyphs(4000, seed=1)

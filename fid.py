@@ -585,7 +585,7 @@ def main(argv=None):
         result = evaluate(args, start(args.device))
         if RANK == 0:
             report(result, args.json)
-    except (OSError, *[script.UserError for script in SCRIPTS.values()]) as error:
+    except (OSError, UserError, *[script.UserError for script in SCRIPTS.values()]) as error:
         fail(error)
 
 
