@@ -212,15 +212,20 @@ def tables():
     for label, (one, other, key, what) in QUESTIONS.items():
         values = list(compare(label, key).values())
         if len(values) < RUNS[one][1]:
-            rows.append(f"| {label} | {what} | | {len(values)} of {RUNS[one][1]} pairs | |")
-            short.append(f"| {what} | | {len(values)} of {RUNS[one][1]} pairs |")
+            rows.append(f"| {label} | {what} | | still running: {len(values)} of {RUNS[one][1]} | |")
+            short.append(f"| {what} | | still running |")
             continue
         cells = {figure: interval(list(compare(label, figure).values())) for figure in FIGURES}
         words = {figure: "{} {:+.2f} ± {:.2f}".format(FIGURES[figure], *cells[figure])
                  for figure in FIGURES}
         others = "; ".join(words[figure] for figure in FIGURES if figure != key)
         rows.append(f"| {label} | {what} | {words[key]} | {verdict(label, values)} | {others} |")
-        short.append(f"| {what} | {words[key]} | {verdict(label, values)} |")
+        mean, half = cells[key]
+        figure = f"ridge {mean:+.1f} ± {half:.1f} points"
+        if key == "fd_tiny":
+            ends = (math.exp(value / 100) for value in (mean, mean - half, mean + half))
+            figure = "FD-tiny × {:.2f} ({:.2f} to {:.2f})".format(*ends)
+        short.append(f"| {what} | {figure} | {verdict(label, values)} |")
         seeds.append(f"| {label} | {', '.join(f'{value:+.2f}' for value in values)} |")
     page = ["| | question | primary figure | verdict | beside it |", "|---|---|---|---|---|", *rows]
     if seeds:
@@ -278,8 +283,9 @@ def picture(left=160):
     image = Image.new("RGB", (strips.width, 4 * 64 + strips.height), "white")
     image.paste(strips, (0, 4 * 64))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    names = {"dit-cond none": "without f, told the digit", "dit-cond adaptive": "with f",
-             "dit none": "without f, not told", "dit adaptive": "with f"}
+    names = {"dit-cond none": "without f, told the digit",
+             "dit-cond adaptive": "with f, told the digit",
+             "dit none": "without f, not told", "dit adaptive": "with f, not told"}
     for i, (name, words) in enumerate(names.items()):
         folder = ROOT / f"runs/evidence/{name.replace(' ', '-')}-s0"
         cfg, net = script.load_checkpoint(folder / "last.pt")
