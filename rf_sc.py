@@ -550,7 +550,10 @@ class Student(nn.Module):
         t = torch.full((len(x_0),), t, device=x_0.device)
         c_noise = Diffusion(cfg).inputs(x_0, t)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
-        return torch.cat(torch.distributed.nn.functional.all_gather(k)) if WORLD > 1 else k
+        parts = [k.clone() for _ in range(WORLD)]
+        if WORLD > 1:
+            dist.all_gather(parts, k)
+        return torch.cat(parts)
 
 
 def info_nce(q, k, T=0.2):
