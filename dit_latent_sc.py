@@ -316,9 +316,9 @@ class LatentRF:
     @torch.no_grad()
     def sample(self, net, noise, y=None):
         """Euler's method from t = 1 to 0: noise (B, C, H, W) ~ N(0, I) -> latents, and evaluations
-        of the network per image, where one with guidance counts once, as in Table 8. With classes
-        y (B,) guided: v = v_null + guidance (v_y - v_null) for t <= guide_until, in all channels
-        (DiT's code guides three: Appendix A)."""
+        of the network per image, where one with guidance counts once, as in Table 8. net returns
+        (prediction, f). With classes y (B,) guided: v = v_null + guidance (v_y - v_null) for
+        t <= guide_until, in all channels (DiT's code guides three: Appendix A)."""
         x, times = noise, self.times()
         for t, s in zip(times, times[1:]):                          # from t to the next time s < t
             at = torch.full((len(x),), t, device=x.device)
@@ -418,7 +418,8 @@ class Projector(nn.Module):
 
 class Student(nn.Module):
     """All that is trained: the network and the heads, in one forward, as DistributedDataParallel
-    wants it. A copy with averaged weights is the teacher and the result."""
+    wants it. A copy with averaged weights is the teacher and the result. net has cfg, f_name, the
+    widths D of f and E of e = time_emb(c_noise), and what `features` needs."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -652,7 +653,8 @@ def sample(net, cfg, seeds, progress=False):
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
     number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks read them; the network is not told classes."""
+    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
+    the network is not told classes. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1181,6 +1183,7 @@ load_data, read_batches, draw_images = load_latents, read_ahead, draw_from_laten
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
+# As torchrun sets them: a process started in another way takes itself for the only one.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
@@ -1280,7 +1283,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; no buffer changes. With
+    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:

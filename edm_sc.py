@@ -299,8 +299,8 @@ class Uncertainty(nn.Module):
 
 
 class EDM:
-    """t is the noise level sigma, 0 is the data; images are in [-1, 1]."""
-    sigma_data = 0.5
+    """t is the noise level sigma, 0 is the data; x_0 is in [-1, 1], to which `sample` clips."""
+    sigma_data = 0.5                                # the standard deviation of x_0
     probe_times = (0.0075, 0.0229, 0.06, 0.1395, 0.2964, 0.5853)    # 2nd to 7th lowest of 18
     t_range = (0.002, 80)
     uncertainty = Uncertainty
@@ -342,8 +342,8 @@ class EDM:
 
     @torch.no_grad()
     def sample(self, net, noise):
-        """Heun's method on Eq. (2), dx / dsigma = (x - D) / sigma. noise (B, C, H, W) ~ N(0, I) ->
-        images in [-1, 1], and network evaluations per image."""
+        """Heun's method on Eq. (2), dx/dsigma = (x - D) / sigma. net returns (prediction, f). noise
+        (B, C, H, W) ~ N(0, I) -> images in [-1, 1], and network evaluations per image."""
         def slope(x, t):
             at = torch.full((len(x),), t, device=x.device)
             x_0 = self.denoise(net(*self.inputs(x, at))[0], x, at)
@@ -373,7 +373,8 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
     flip is the data's own mirroring (Table 11), of which the network is not told. All others have
-    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2."""
+    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2. Without cfg.flip
+    nothing is mirrored."""
     n, p = cfg.batch, cfg.aug
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
@@ -434,9 +435,10 @@ def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9):
-    other nine columns, the view without flip, its angles as cos and sin. By them the network tells
-    transformations from traits of the data. view is on the CPU, so that no GPU is waited for."""
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], a little beyond
+    by the filter, and aug (B, 9): other nine columns, the view without flip, its angles as cos and
+    sin. By them the network tells transformations from traits of the data. view is on the CPU, so
+    that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
@@ -502,7 +504,8 @@ class Projector(nn.Module):
 
 class Student(nn.Module):
     """All that is trained: the network and the heads, in one forward, as DistributedDataParallel
-    wants it. A copy with averaged weights is the teacher and the result."""
+    wants it. A copy with averaged weights is the teacher and the result. net has cfg, f_name, the
+    widths D of f and E of e = time_emb(c_noise), and what `features` needs."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -734,7 +737,8 @@ def sample(net, cfg, seeds, progress=False):
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
     number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks read them; the network is not told classes."""
+    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
+    the network is not told classes. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1055,6 +1059,7 @@ def read_batches(images, labels, cfg, step, own, device):
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
+# As torchrun sets them: a process started in another way takes itself for the only one.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
@@ -1154,7 +1159,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; no buffer changes. With
+    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:

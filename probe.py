@@ -120,7 +120,7 @@ class Features:
 def fit(get, rows, labels, args):
     """Trains one linear layer for each cell, all at once, on the images `rows` (Table 11). The
     cells' gradients are independent and Adam works by element: this equals separate training.
-    -> W (cells, D, classes), b (cells, 1, classes)."""
+    args: seed, device, epochs, lr, batch. -> W (cells, D, classes), b (cells, 1, classes)."""
     gen, classes = torch.Generator().manual_seed(args.seed), int(labels.max()) + 1
     cells, _, D = get(0, rows[:1]).shape
     heads = []
@@ -144,7 +144,7 @@ def fit(get, rows, labels, args):
 
 def ridge(get, rows, labels, args, penalty=1e-4):
     """Other heads of the same shapes: least squares of the classes, as 0 and 1, on standardised
-    features of epoch 0, in closed form. `penalty` keeps it solvable where features are dead."""
+    features of epoch 0, in closed form. args: device. penalty helps where features are dead."""
     device = "cpu" if args.device.type == "mps" else args.device        # MPS has no float64
     xx = xy = 0
     for some in rows.split(2000):

@@ -310,8 +310,9 @@ class RF:
 
     @torch.no_grad()
     def sample(self, net, noise):
-        """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. noise
-        (B, C, H, W) ~ N(0, I) -> images, not clipped; network evaluations, by RK45 (B,)."""
+        """From t = 1 to 0 along dx/dt = v_theta: by RK45 or, with nfe > 0, by Euler's method. net
+        returns (prediction, f). noise (B, C, H, W) ~ N(0, I) -> images, not clipped; network
+        evaluations, by RK45 (B,)."""
         def velocity(x, t):
             return net(*self.inputs(x, t))[0].float()
 
@@ -388,7 +389,8 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 def draw_view(cfg, generator):
     """How each image of a global batch is seen: (batch, 9) on the CPU, 0 leaves it as it is. Column
     flip is the data's own mirroring (Table 11), of which the network is not told. All others have
-    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2."""
+    probability cfg.aug, yflip half of it; flip, xflip and aniso_angle have 1/2. Without cfg.flip
+    nothing is mirrored."""
     n, p = cfg.batch, cfg.aug
     uniform = functools.partial(torch.rand, n, generator=generator)
     normal = functools.partial(torch.randn, n, generator=generator)
@@ -449,9 +451,10 @@ def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], and aug (B, 9):
-    other nine columns, the view without flip, its angles as cos and sin. By them the network tells
-    transformations from traits of the data. view is on the CPU, so that no GPU is waited for."""
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], a little beyond
+    by the filter, and aug (B, 9): other nine columns, the view without flip, its angles as cos and
+    sin. By them the network tells transformations from traits of the data. view is on the CPU, so
+    that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
     aug = torch.stack([xflip, yflip, scale, rotate.cos() - 1, rotate.sin(),
                        aniso * aniso_angle.cos(), aniso * aniso_angle.sin(), move_x, move_y], dim=1)
@@ -517,7 +520,8 @@ class Projector(nn.Module):
 
 class Student(nn.Module):
     """All that is trained: the network and the heads, in one forward, as DistributedDataParallel
-    wants it. A copy with averaged weights is the teacher and the result."""
+    wants it. A copy with averaged weights is the teacher and the result. net has cfg, f_name, the
+    widths D of f and E of e = time_emb(c_noise), and what `features` needs."""
 
     def __init__(self, net, cfg):
         super().__init__()
@@ -749,7 +753,8 @@ def sample(net, cfg, seeds, progress=False):
 def features(net, x_0, t, eps, last=None, aug=None, place=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
     number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks read them; the network is not told classes."""
+    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
+    the network is not told classes. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1070,6 +1075,7 @@ def read_batches(images, labels, cfg, step, own, device):
 
 # ---- 8. Plumbing: randomness, processes, precision, averaging, files -----------------------------
 
+# As torchrun sets them: a process started in another way takes itself for the only one.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(__file__).stem
@@ -1169,7 +1175,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; no buffer changes. With
+    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:

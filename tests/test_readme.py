@@ -2,6 +2,8 @@
 import functools, importlib, json, re, shlex, statistics
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from conftest import ROOT
 
@@ -94,6 +96,16 @@ def test_python_blocks_are_python():
     for text in PAGES.values():
         for block in re.findall(r"```python\n(.*?)```", text, re.S):
             compile(block, "README.md", "exec")
+
+
+def test_probe_of_your_own_features(capsys):
+    """README's lines find a feature that tells three classes apart, and say so."""
+    block = re.search(r"```python\n(import argparse, probe.*?)```", README, re.S)[1]
+    labels = torch.arange(60) % 3
+    f = F.one_hot(labels, 5) + 0.1 * torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(60)
+    exec(block, dict(f=f, labels=labels, train_rows=rows[:40], test_rows=rows[40:]))
+    assert capsys.readouterr().out == "[100.0]\n"
 
 
 def test_gpu_page_has_the_measured_tables(tmp_path):
