@@ -449,8 +449,8 @@ class Student(nn.Module):
         cfg, name = self.net.cfg, self.net.f_name
         t = cfg.t_probe if cfg.cl_target == "probe" else Diffusion.t_range[0]
         f = features(self.net, x_0, t, eps, last=name, aug=aug)[name]
-        t = torch.full((len(x_0),), t, device=x_0.device)
-        c_noise = Diffusion(cfg).inputs(x_0, t)[1]
+        at = torch.full((len(x_0),), t, device=x_0.device)
+        c_noise = Diffusion(cfg).inputs(x_0, at)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
         parts = [k.clone() for _ in range(WORLD)]
         if WORLD > 1:
@@ -488,9 +488,8 @@ def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
     diffusion loss and contrastive loss."""
     x_0, aug = make_view(images, view)                              # float32, augmented
     x_t = diffusion.add_noise(x_0, t, eps)                          # Eq. (1)
-    x_in, c_noise = diffusion.inputs(x_t, t)
-    with autocast(cfg, images.device):
-        prediction, q, u = model(x_in, c_noise, y, aug)             # network and heads
+    with autocast(cfg, images.device):                              # network and heads
+        prediction, q, u = model(*diffusion.inputs(x_t, t), y, aug)
     loss = diffusion.loss(prediction, x_0, eps, t)                  # (B,), Sec. 3.1
     objective = loss.mean() if u is None else (loss / u.exp() + u).mean()
     contrast = torch.zeros_like(objective)
@@ -613,22 +612,21 @@ def train(cfg):
 
 
 def draw_from_latents(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,). The
-    class of each is its seed modulo the number of classes."""
+    """Images uint8 (n, C, S, S) on the network's device, network evaluations for each. The class of
+    each is its seed modulo the number of classes."""
     noise = [torch.randn(net.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     noise = torch.stack(noise).to(net.latent_mean.device)
     y = torch.tensor([s % net.null for s in seeds], device=noise.device) if net.null else None
     with autocast(cfg, noise.device):
         x, nfe = Diffusion(cfg).sample(net, noise, y)
-    images = to_images(cfg, x * net.latent_std + net.latent_mean)
-    return images, torch.full((len(x),), float(nfe), device=x.device)
+    return to_images(cfg, x * net.latent_std + net.latent_mean), nfe
 
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
-    other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
-    network evaluations per image."""
+    function of seeds[i] alone: the net always sees the same number of rows, as other sizes have
+    other kernels, which round differently. Sets net.nfe, the mean number of network evaluations per
+    image."""
     device = next(net.parameters()).device
     shape = (len(seeds), DATASETS[cfg.dataset][0], cfg.size, cfg.size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -637,11 +635,8 @@ def sample(net, cfg, seeds, progress=False):
     group = 64 if device.type == "cuda" else 16                     # seeds at a time
     quiet = None if progress and RANK == 0 else True                # None: on terminals
     for i in tqdm(range(0, len(mine), group), desc=f"sampling {group} at a time", disable=quiet):
-        rows = mine[i:i + group]
-        idle = [0] * (group - len(rows))
-        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + idle)
-        images[rows] = drawn[:len(rows)]
-        evaluations[rows] = nfe[:len(rows)]
+        rows = (mine[i:i + group] * group)[:group]                  # the last repeats its images
+        images[rows], evaluations[rows] = draw_images(net, cfg, [seeds[row] for row in rows])
     if WORLD > 1:
         dist.all_reduce(images)                                     # the others' rows are zero
         dist.all_reduce(evaluations)
@@ -650,27 +645,22 @@ def sample(net, cfg, seeds, progress=False):
 
 
 @torch.no_grad()
-def features(net, x_0, t, eps, last=None, aug=None, place=None):
+def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
-    the network is not told classes. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
+    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
-        found.update(net.pooled(k, h))
-        if place is not None:
-            tokens = net.positions(h)                               # (B, N, D)
-            rows = torch.arange(len(h), device=h.device)
-            found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
+        found.update((pool or net.pooled)(k, h))
         if last in found:
             raise StopIteration                                     # the rest need not run
 
-    t = torch.full((len(x_0),), t, device=x_0.device)
+    at = torch.full((len(x_0),), t, device=x_0.device)
     with contextlib.ExitStack() as hooks, contextlib.suppress(StopIteration):
         for k, block in enumerate(net.blocks, 1):
             hooks.enter_context(block.register_forward_hook(functools.partial(hook, k)))
-        net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
+        net(*diffusion.inputs(diffusion.add_noise(x_0, at, eps), at), aug=aug)
     return found
 
 
@@ -935,9 +925,8 @@ VAVAE_URL = "https://huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2/resol
 
 
 def find_vae(cfg):
-    """Path of VA-VAE's weights. The hash of the first download is kept beside it and compared."""
+    """Path of VA-VAE's weights: --vae, or a file in data_dir, which is downloaded if need be."""
     path = Path(cfg.vae or Path(cfg.data_dir, VAVAE))
-    pin = path.with_name(f"{path.name}.sha256")
     if cfg.vae and not path.exists():
         raise UserError(f"--vae {cfg.vae}: no such file")
     if not path.exists():
@@ -951,9 +940,6 @@ def find_vae(cfg):
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"cannot download {VAVAE_URL}{VAVAE} ({error}); put the file into "
                             f"{cfg.data_dir}, name it with --vae, or try --tokenizer unshuffle")
-        pin.write_text(file_hash(path))
-    if pin.exists() and pin.read_text() != file_hash(path):
-        raise UserError(f"{path} is not what was downloaded; delete it and {pin} to download again")
     return path
 
 

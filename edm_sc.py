@@ -205,41 +205,38 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         base, multiples, depth, biggan, wanted = self.sizes[cfg.backbone]
-        C, side, E = DATASETS[cfg.dataset][0], cfg.size, 4 * base
-        sides = [side >> level for level in range(len(multiples))]
+        C, E = DATASETS[cfg.dataset][0], 4 * base
+        sides = [cfg.size >> level for level in range(len(multiples))]
         attended = min(sides, key=lambda s: abs(s - wanted))        # other image sizes: the nearest
         self.image_proj = nn.Conv2d(C, base, 3, padding=1)
         self.time_emb = TimeEmbedding(base, E, cfg.aug > 0)
         self.down, self.up, self.middle = nn.ModuleList(), nn.ModuleList(), nn.Module()
         width, skips = base, [base]                             # channels now, and of the skips
         for level, multiple in enumerate(multiples):
+            C_out, attention = base * multiple, sides[level] == attended
             if level:
                 self.down.append(Resample(width, E, cfg.dropout, up=False, biggan=biggan))
                 skips.append(width)
-                side //= 2
             for _ in range(depth):
-                C_out = base * multiple
-                self.down.append(UNetBlock(width, C_out, E, cfg.dropout, side == attended))
+                self.down.append(UNetBlock(width, C_out, E, cfg.dropout, attention))
                 width = C_out
                 skips.append(width)
         self.middle.res1 = ResBlock(width, width, E, cfg.dropout)
         self.middle.attn = SpatialAttention(width)
         self.middle.res2 = ResBlock(width, width, E, cfg.dropout)
-        widths = []                                             # of out_1, out_2, ...
         for level, multiple in reversed(list(enumerate(multiples))):
+            C_out, attention = base * multiple, sides[level] == attended
             for _ in range(depth + 1):
-                C_in, C_out = width + skips.pop(), base * multiple
-                self.up.append(UNetBlock(C_in, C_out, E, cfg.dropout, side == attended))
+                self.up.append(UNetBlock(width + skips.pop(), C_out, E, cfg.dropout, attention))
                 width = C_out
-                widths.append(width)
             if level:
                 self.up.append(Resample(width, E, cfg.dropout, up=True, biggan=biggan))
-                side *= 2
         self.blocks = [block for block in self.up if isinstance(block, UNetBlock)]  # out_1, ...
         self.norm = nn.GroupNorm(8, width)                      # 8, as in DDAE's code
         self.final = nn.Conv2d(width, C, 3, padding=1)
         self.f_name, self.f_layer = cfg.layer, int(cfg.layer.removeprefix("out_"))      # Table 10
-        self.D, self.E = widths[self.f_layer - 1], E            # widths of f and e
+        self.D = self.blocks[self.f_layer - 1].res.conv1.out_channels       # width of f
+        self.E = E                                              # of e
         self.sc_proj = self.sc_time = None
         if cfg.self_cond != "none":                             # [SC]
             self.sc_proj = nn.Linear(self.D, E)                 # [SC] W, and a bias
@@ -535,8 +532,8 @@ class Student(nn.Module):
         cfg, name = self.net.cfg, self.net.f_name
         t = cfg.t_probe if cfg.cl_target == "probe" else Diffusion.t_range[0]
         f = features(self.net, x_0, t, eps, last=name, aug=aug)[name]
-        t = torch.full((len(x_0),), t, device=x_0.device)
-        c_noise = Diffusion(cfg).inputs(x_0, t)[1]
+        at = torch.full((len(x_0),), t, device=x_0.device)
+        c_noise = Diffusion(cfg).inputs(x_0, at)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
         parts = [k.clone() for _ in range(WORLD)]
         if WORLD > 1:
@@ -574,9 +571,8 @@ def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
     diffusion loss and contrastive loss."""
     x_0, aug = make_view(images, view)                              # float32, augmented
     x_t = diffusion.add_noise(x_0, t, eps)                          # Eq. (1)
-    x_in, c_noise = diffusion.inputs(x_t, t)
-    with autocast(cfg, images.device):
-        prediction, q, u = model(x_in, c_noise, y, aug)             # network and heads
+    with autocast(cfg, images.device):                              # network and heads
+        prediction, q, u = model(*diffusion.inputs(x_t, t), y, aug)
     loss = diffusion.loss(prediction, x_0, eps, t)                  # (B,), Sec. 3.1
     objective = loss.mean() if u is None else (loss / u.exp() + u).mean()
     contrast = torch.zeros_like(objective)
@@ -699,20 +695,20 @@ def train(cfg):
 
 
 def draw_images(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,)."""
+    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each."""
     shape = (DATASETS[cfg.dataset][0], cfg.size, cfg.size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack(noise).to(next(net.parameters()).device)
     with autocast(cfg, noise.device):
         x, nfe = Diffusion(cfg).sample(net, noise)
-    return to_uint8(x), torch.as_tensor(nfe, device=x.device).float().expand(len(x))
+    return to_uint8(x), nfe
 
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
-    other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
-    network evaluations per image."""
+    function of seeds[i] alone: the net always sees the same number of rows, as other sizes have
+    other kernels, which round differently. Sets net.nfe, the mean number of network evaluations per
+    image."""
     device = next(net.parameters()).device
     shape = (len(seeds), DATASETS[cfg.dataset][0], cfg.size, cfg.size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -721,11 +717,8 @@ def sample(net, cfg, seeds, progress=False):
     group = 64 if device.type == "cuda" else 16                     # seeds at a time
     quiet = None if progress and RANK == 0 else True                # None: on terminals
     for i in tqdm(range(0, len(mine), group), desc=f"sampling {group} at a time", disable=quiet):
-        rows = mine[i:i + group]
-        idle = [0] * (group - len(rows))
-        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + idle)
-        images[rows] = drawn[:len(rows)]
-        evaluations[rows] = nfe[:len(rows)]
+        rows = (mine[i:i + group] * group)[:group]                  # the last repeats its images
+        images[rows], evaluations[rows] = draw_images(net, cfg, [seeds[row] for row in rows])
     if WORLD > 1:
         dist.all_reduce(images)                                     # the others' rows are zero
         dist.all_reduce(evaluations)
@@ -734,27 +727,22 @@ def sample(net, cfg, seeds, progress=False):
 
 
 @torch.no_grad()
-def features(net, x_0, t, eps, last=None, aug=None, place=None):
+def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
-    the network is not told classes. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
+    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
-        found.update(net.pooled(k, h))
-        if place is not None:
-            tokens = net.positions(h)                               # (B, N, D)
-            rows = torch.arange(len(h), device=h.device)
-            found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
+        found.update((pool or net.pooled)(k, h))
         if last in found:
             raise StopIteration                                     # the rest need not run
 
-    t = torch.full((len(x_0),), t, device=x_0.device)
+    at = torch.full((len(x_0),), t, device=x_0.device)
     with contextlib.ExitStack() as hooks, contextlib.suppress(StopIteration):
         for k, block in enumerate(net.blocks, 1):
             hooks.enter_context(block.register_forward_hook(functools.partial(hook, k)))
-        net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
+        net(*diffusion.inputs(diffusion.add_noise(x_0, at, eps), at), aug=aug)
     return found
 
 

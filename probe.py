@@ -83,10 +83,14 @@ class Features:
         x_0, _ = module.make_view(images, view)
         gen = module.rng(self.args.seed, draw, c, 1, device=device)
         eps = torch.randn(x_0.shape, generator=gen, device=device)
-        place = torch.rand(len(images), generator=gen, device=device)       # of the tokens
+        place = torch.rand(len(images), generator=gen, device=device)
+
+        def pool(k, h):         # also token_k, one position of each map (Fig. 4)
+            tokens = net.positions(h)                               # (B, N, D)
+            own = (place * tokens.shape[1]).long().view(-1, 1, 1)
+            return net.pooled(k, h) | {f"token_{k}": tokens.take_along_dim(own, 1)[:, 0].float()}
         with module.autocast(net.cfg, device):
-            last = self.args.known[self.layers[-1]]
-            feats = module.features(net, x_0, self.t, eps, last=last, place=place)
+            feats = module.features(net, x_0, self.t, eps, last=self.layers[-1], pool=pool)
         # Narrow layers get zeros, which change little; float16 rounds off less than noise adds.
         feats = torch.nn.utils.rnn.pad_sequence([feats[layer].T for layer in self.layers])
         return feats.permute(2, 1, 0).clamp(-65504, 65504).half().cpu().numpy()
@@ -311,8 +315,7 @@ def load(path, args, words):        # a checkpoint or --init: module, config, ne
         net = module.build_net(module.make_config(**{"self_cond": "none", **given}))
         module.load_weights(net, path)
     else:
-        _, net = module.load_checkpoint(path, args.weights)
-    net.cfg = module.make_config(**{**vars(net.cfg), **given})
+        _, net = module.load_checkpoint(path, args.weights, **given)
     return module, net.cfg, net.eval(), step
 
 
@@ -325,13 +328,12 @@ def probe_one(path, args, words, many):     # of a checkpoint or --init: the res
         defaults |= dict(n=10000, batch=32)
     elif hasattr(cfg, "tokenizer"):
         defaults |= dict(batch=1440, lr=2e-3)
-    known = {}                      # name: the layer that has to be computed for it
+    known = []
     for layer in module.layers(cfg):
-        known[layer] = layer
-        if not layer.startswith("cls"):     # token_2 is one position of the map of out_2
-            known["token_" + layer.split("_")[1]] = layer
+        kind, k = layer.split("_")      # token_2 is one position of the map of out_2
+        known += [layer] if kind == "cls" else [layer, f"token_{k}"]
     defaults["layers"] = [k for k in known if args.tokens or not k.startswith("token")]
-    args = argparse.Namespace(**{**defaults, **vars(args)}, module=module, known=known, amp=cfg.amp)
+    args = argparse.Namespace(**{**defaults, **vars(args)}, module=module, amp=cfg.amp)
     low, high = module.Diffusion.t_range
     odd = [name for name in args.layers if name not in known]
     odd += [f"t = {t:g}" for t in args.times if not low <= t <= high]

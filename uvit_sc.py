@@ -144,7 +144,8 @@ class UViTBlock(nn.Module):
 
 class UViT(nn.Module):
     """Time, [CLS], augmentation, patches: all are tokens. Long skips join the two halves."""
-    sizes = {"uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}
+    sizes = {"uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8),
+             "uvit_m": (768, 16, 12)}                           # width, blocks but one, heads
 
     def __init__(self, cfg):
         super().__init__()
@@ -454,8 +455,8 @@ class Student(nn.Module):
         cfg, name = self.net.cfg, self.net.f_name
         t = cfg.t_probe if cfg.cl_target == "probe" else Diffusion.t_range[0]
         f = features(self.net, x_0, t, eps, last=name, aug=aug)[name]
-        t = torch.full((len(x_0),), t, device=x_0.device)
-        c_noise = Diffusion(cfg).inputs(x_0, t)[1]
+        at = torch.full((len(x_0),), t, device=x_0.device)
+        c_noise = Diffusion(cfg).inputs(x_0, at)[1]
         k = self.heads["projector"](f, self.net.time_emb(c_noise))
         parts = [k.clone() for _ in range(WORLD)]
         if WORLD > 1:
@@ -493,9 +494,8 @@ def training_step(cfg, diffusion, model, teacher, images, y, t, eps, view,
     diffusion loss and contrastive loss."""
     x_0, aug = make_view(images, view)                              # float32, augmented
     x_t = diffusion.add_noise(x_0, t, eps)                          # Eq. (1)
-    x_in, c_noise = diffusion.inputs(x_t, t)
-    with autocast(cfg, images.device):
-        prediction, q, u = model(x_in, c_noise, y, aug)             # network and heads
+    with autocast(cfg, images.device):                              # network and heads
+        prediction, q, u = model(*diffusion.inputs(x_t, t), y, aug)
     loss = diffusion.loss(prediction, x_0, eps, t)                  # (B,), Sec. 3.1
     objective = loss.mean() if u is None else (loss / u.exp() + u).mean()
     contrast = torch.zeros_like(objective)
@@ -618,20 +618,20 @@ def train(cfg):
 
 
 def draw_images(net, cfg, seeds):
-    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each (n,)."""
+    """Images uint8 (n, C, S, S) on the network's device, and network evaluations for each."""
     shape = (DATASETS[cfg.dataset][0], cfg.size, cfg.size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack(noise).to(next(net.parameters()).device)
     with autocast(cfg, noise.device):
         x, nfe = Diffusion(cfg).sample(net, noise)
-    return to_uint8(x), torch.as_tensor(nfe, device=x.device).float().expand(len(x))
+    return to_uint8(x), nfe
 
 
 def sample(net, cfg, seeds, progress=False):
     """Images uint8 (n, C, S, S) on the CPU, on all processes, which share the work. Image i is a
-    function of seeds[i] alone: the net always sees the same number of rows, some of them idle, as
-    other sizes have other kernels, which round differently. Sets net.nfe, the mean number of
-    network evaluations per image."""
+    function of seeds[i] alone: the net always sees the same number of rows, as other sizes have
+    other kernels, which round differently. Sets net.nfe, the mean number of network evaluations per
+    image."""
     device = next(net.parameters()).device
     shape = (len(seeds), DATASETS[cfg.dataset][0], cfg.size, cfg.size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -640,11 +640,8 @@ def sample(net, cfg, seeds, progress=False):
     group = 64 if device.type == "cuda" else 16                     # seeds at a time
     quiet = None if progress and RANK == 0 else True                # None: on terminals
     for i in tqdm(range(0, len(mine), group), desc=f"sampling {group} at a time", disable=quiet):
-        rows = mine[i:i + group]
-        idle = [0] * (group - len(rows))
-        drawn, nfe = draw_images(net, cfg, [seeds[row] for row in rows] + idle)
-        images[rows] = drawn[:len(rows)]
-        evaluations[rows] = nfe[:len(rows)]
+        rows = (mine[i:i + group] * group)[:group]                  # the last repeats its images
+        images[rows], evaluations[rows] = draw_images(net, cfg, [seeds[row] for row in rows])
     if WORLD > 1:
         dist.all_reduce(images)                                     # the others' rows are zero
         dist.all_reduce(evaluations)
@@ -653,27 +650,22 @@ def sample(net, cfg, seeds, progress=False):
 
 
 @torch.no_grad()
-def features(net, x_0, t, eps, last=None, aug=None, place=None):
+def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left. With place (B,) in [0, 1) also
-    token_k: one position's. Hooks on net.blocks read them, net.pooled and net.positions say how;
-    the network is not told classes. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
+    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
-        found.update(net.pooled(k, h))
-        if place is not None:
-            tokens = net.positions(h)                               # (B, N, D)
-            rows = torch.arange(len(h), device=h.device)
-            found[f"token_{k}"] = tokens[rows, (place * tokens.shape[1]).long()].float()
+        found.update((pool or net.pooled)(k, h))
         if last in found:
             raise StopIteration                                     # the rest need not run
 
-    t = torch.full((len(x_0),), t, device=x_0.device)
+    at = torch.full((len(x_0),), t, device=x_0.device)
     with contextlib.ExitStack() as hooks, contextlib.suppress(StopIteration):
         for k, block in enumerate(net.blocks, 1):
             hooks.enter_context(block.register_forward_hook(functools.partial(hook, k)))
-        net(*diffusion.inputs(diffusion.add_noise(x_0, t, eps), t), aug=aug)
+        net(*diffusion.inputs(diffusion.add_noise(x_0, at, eps), at), aug=aug)
     return found
 
 

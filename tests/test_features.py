@@ -22,8 +22,8 @@ def inputs(net):        # x_0, eps
 @torch.no_grad()
 def test_features(script):
     """Every layer, pooled over its positions, in U-ViT over patches alone; f is that of cfg.layer.
-    Stopping early changes nothing, bit for bit, and runs nothing behind the last layer. token_k is
-    one position's. No class is told."""
+    Stopping early changes nothing, bit for bit, and runs nothing behind the last layer. No class is
+    told."""
     net, maps = small_net(script), []
     (x, eps), k, t = inputs(net), net.f_layer, net.cfg.t_probe
     full = script.features(net, x, t, eps)
@@ -34,8 +34,7 @@ def test_features(script):
     assert torch.equal(f, full[net.f_name])
     for block in net.blocks:
         block.register_forward_hook(lambda block, inputs, h: maps.append(h))
-    place = torch.tensor([0, 0.3, 0.5, 0.99])
-    part = script.features(net, x, t, eps, last=net.f_name, place=place)
+    part = script.features(net, x, t, eps, last=net.f_name)
     assert len(maps) == k
     assert all(torch.equal(part[name], full[name]) for name in part.keys() & full.keys())
     h = maps[-1].flatten(2).transpose(1, 2) if maps[-1].dim() == 4 else maps[-1]    # (B, N, D)
@@ -43,7 +42,7 @@ def test_features(script):
         assert torch.equal(full[f"cls_{k}"], h[:, 1])
         h = h[:, net.extras:]
     torch.testing.assert_close(full[net.cfg.layer], h.mean(dim=1))
-    assert torch.equal(part[f"token_{k}"], h[range(4), (place * h.shape[1]).long()])
+    assert torch.equal(net.positions(maps[-1]), h)
 
 
 @only("edm_sc", "dit_latent_sc")

@@ -110,7 +110,7 @@ def test_draws(run, monkeypatch):
     cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
     images, _ = uvit_sc.load_data(cfg, train=True)
     calls = spy(monkeypatch, uvit_sc, "make_view")
-    args = argparse.Namespace(**vars(ARGS), module=uvit_sc, net=net, known={"cls_1": "cls_1"})
+    args = argparse.Namespace(**vars(ARGS), module=uvit_sc, net=net)
     feats = probe.Features(images, 11, ["cls_1"], args, range(4), flip=True)
     draws = [feats.chunk(0, draw) for draw in (0, 1, 2, 0)]
     assert draws[0].shape == (64, 1, net.D) and draws[0].dtype == "float16"
@@ -119,6 +119,20 @@ def test_draws(run, monkeypatch):
     views = torch.stack([call.args[1] for call in calls])        # (5, 64, 9); column 0: mirrored
     assert not views[:, :, 1:].any() and not views[4].any() and (views[0] != views[2]).any()
     assert torch.equal(views[0, :, 0], 1 - views[1, :, 0])
+
+
+def test_a_token_is_one_position(run):
+    """token_1 is one position of the map whose mean is out_1, another one for each image."""
+    cfg, net = uvit_sc.load_checkpoint(run / "last.pt")
+    images, _ = uvit_sc.load_data(cfg, train=True)
+    args, maps = argparse.Namespace(**vars(ARGS), module=uvit_sc, net=net), []
+    net.blocks[0].register_forward_hook(lambda block, inputs, h: maps.append(net.positions(h)))
+    feats = probe.Features(images, 11, ["out_1", "token_1"], args, range(2)).chunk(0, 0)
+    out, token = torch.from_numpy(feats).transpose(0, 1)
+    h = maps[0].half()                                          # (64, 16, D)
+    torch.testing.assert_close(out, maps[0].mean(dim=1).half())
+    same = (h == token[:, None]).all(dim=2)
+    assert (same.sum(dim=1) == 1).all() and len(same.nonzero()[:, 1].unique()) > 5
 
 
 @pytest.mark.parametrize("draws", [2, 3])     # all are kept; one for each epoch
