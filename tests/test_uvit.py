@@ -25,6 +25,15 @@ def test_parameters():
     assert count(aug=0.12) == 44_255_328 + 1_024 + 9 * 512 + 512 + 512
 
 
+def test_last_convolution_of_one_channel():
+    """It begins in the middle: seed 7 of PyTorch's start learned to copy the pixel below, and
+    never to draw the lowest row."""
+    torch.manual_seed(7)
+    net = uvit_sc.build_net(uvit_sc.make_config("fashion_mnist", size=16))
+    h = torch.randn(2, 1, 16, 16)
+    assert torch.equal(net.final_layer(h), h + net.final_layer.bias)
+
+
 @pytest.mark.parametrize("dataset, patch, layer, t", [
     ("cifar10", 2, "out_2", 11), ("cifar100", 2, "out_2", 11),
     ("tiny_imagenet", 4, "out_1", 66), ("imagenet100", 4, "out_1", 66)])
