@@ -177,7 +177,7 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.decoder_pred = nn.Linear(D, cfg.patch ** 2 * C)
         self.final_layer = nn.Conv2d(C, C, 3, padding=1)
-        if C == 1:      # training leaves one of its nine weights; not the middle one: a row is lost
+        if C == 1:      # training keeps one of nine weights; without the middle one a row is lost
             nn.init.dirac_(self.final_layer.weight)
         for module in self.modules():           # convolutions and norms keep PyTorch's start
             if isinstance(module, nn.Linear):   # std: the official 0.02 at width 512
