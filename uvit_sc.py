@@ -112,8 +112,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.proj = nn.Linear(D, D)
-        self.drop = nn.Dropout(dropout)
+        self.proj, self.drop = nn.Linear(D, D), nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -144,13 +143,12 @@ class UViTBlock(nn.Module):
 
 class UViT(nn.Module):
     """Time, [CLS], augmentation, patches: all are tokens. Long skips join the two halves."""
-    sizes = {"uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8),
-             "uvit_m": (768, 16, 12)}                           # width, blocks but one, heads
+    sizes = {"uvit_tiny": (160, 2, 4), "uvit_s": (512, 12, 8), "uvit_m": (768, 16, 12)}
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, depth, heads = self.sizes[cfg.backbone]              # D is the width
+        D, depth, heads = self.sizes[cfg.backbone]              # depth without mid_block
         C, n = DATASETS[cfg.dataset][0], cfg.size // cfg.patch  # n x n patches
         self.D = self.E = D                                     # widths of f and of time_emb
         self.cls = cfg.self_cond == "cls"                       # [SC]
@@ -174,8 +172,7 @@ class UViT(nn.Module):
         self.mid_block = UViTBlock(D, heads, cfg.dropout)
         self.out_blocks = nn.ModuleList(UViTBlock(D, heads, cfg.dropout, True) for _ in range(half))
         self.blocks = list(self.out_blocks)                     # `features` reads out_1, ... here
-        self.norm = nn.LayerNorm(D)
-        self.decoder_pred = nn.Linear(D, cfg.patch ** 2 * C)
+        self.norm, self.decoder_pred = nn.LayerNorm(D), nn.Linear(D, cfg.patch ** 2 * C)
         self.final_layer = nn.Conv2d(C, C, 3, padding=1)
         if C == 1:      # training keeps one of nine weights; without the middle one a row is lost
             nn.init.dirac_(self.final_layer.weight)
