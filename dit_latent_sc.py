@@ -647,8 +647,8 @@ def sample(net, cfg, seeds, progress=False):
 @torch.no_grad()
 def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
-    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left. Hooks on net.blocks read them, by
+    pool(k, h) or else net.pooled. The network is not told classes; in train mode it drops out."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1269,7 +1269,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
+    """Averages the weights, not buffers, after the n-th step, n = 1, 2, ..., in place. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:

@@ -448,8 +448,8 @@ def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], a little beyond
-    by the filter, and aug (B, 9): other nine columns, the view without flip, its angles as cos and
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1] (the filter
+    overshoots), and aug (B, 9): other nine columns, the view without flip, its angles as cos and
     sin. By them the network tells transformations from traits of the data. view is on the CPU, so
     that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
@@ -745,8 +745,8 @@ def sample(net, cfg, seeds, progress=False):
 @torch.no_grad()
 def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
-    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left. Hooks on net.blocks read them, by
+    pool(k, h) or else net.pooled. The network is not told classes; in train mode it drops out."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1163,7 +1163,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
+    """Averages the weights, not buffers, after the n-th step, n = 1, 2, ..., in place. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:

@@ -174,7 +174,7 @@ class UViT(nn.Module):
         self.blocks = list(self.out_blocks)                     # `features` reads out_1, ... here
         self.norm, self.decoder_pred = nn.LayerNorm(D), nn.Linear(D, cfg.patch ** 2 * C)
         self.final_layer = nn.Conv2d(C, C, 3, padding=1)
-        if C == 1:      # training keeps one of nine weights; without the middle one a row is lost
+        if C == 1:      # training keeps one of nine weights; without the middle one, a row is lost
             nn.init.dirac_(self.final_layer.weight)
         for module in self.modules():           # convolutions and norms keep PyTorch's start
             if isinstance(module, nn.Linear):   # std: the official 0.02 at width 512
@@ -354,8 +354,8 @@ def transform(x, scale, rotate, aniso, aniso_angle, move_x, move_y):
 
 
 def make_view(images, view):
-    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1], a little beyond
-    by the filter, and aug (B, 9): other nine columns, the view without flip, its angles as cos and
+    """uint8 images (B, C, S, S) seen as `view` (B, 9) says: x_0 float32 in [-1, 1] (the filter
+    overshoots), and aug (B, 9): other nine columns, the view without flip, its angles as cos and
     sin. By them the network tells transformations from traits of the data. view is on the CPU, so
     that no GPU is waited for."""
     flip, xflip, yflip, scale, rotate, aniso, aniso_angle, move_x, move_y = view.unbind(dim=1)
@@ -651,8 +651,8 @@ def sample(net, cfg, seeds, progress=False):
 @torch.no_grad()
 def features(net, x_0, t, eps, last=None, aug=None, pool=None):
     """Pooled features {layer: (B, D) float32} of images x_0 (B, C, H, W) noised by eps to time t, a
-    number; up to the layer `last`, where the network is left, not told the classes. Hooks on
-    net.blocks read them by pool(k, h), else net.pooled. In train mode dropout is on."""
+    number; up to the layer `last`, where the network is left. Hooks on net.blocks read them, by
+    pool(k, h) or else net.pooled. The network is not told classes; in train mode it drops out."""
     found, diffusion = {}, Diffusion(net.cfg)
 
     def hook(k, block, inputs, h):
@@ -1069,7 +1069,7 @@ def make_optimizer(net, cfg):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, n, ramp=True):
-    """Averages the weights after the n-th step, n = 1, 2, ..., in place; buffers stay alone. With
+    """Averages the weights, not buffers, after the n-th step, n = 1, 2, ..., in place. With
     `ramp` the decay is at most 1 - n^(-2/3), as by ema_pytorch in the authors' DDAE code: the first
     call copies, short runs forget their random start; 0.9999 comes after a million steps only."""
     if ramp:
