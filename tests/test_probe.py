@@ -160,8 +160,10 @@ def test_from_checkpoint_to_files(run, capsys):
     assert f"test accuracy {r['accuracy']:.2f} % at t = {r['t']:g}, {r['layer']} (ridge" in out
     assert "protocol: ema weights of step 2, cifar100, 64 training and 32 test images, 2 d" in out
     assert all((run / name).stat().st_size > 500 for name in ("probe.png", "layers.png"))
-    r = result(run, run / "last.pt", "--layers", "token_1", "--no-raw", *QUICK)     # no choice
+    words = ["--layers", "token_1", "--no-raw", *QUICK, "--amp", "bf16"]    # no choice; a setting
+    r = result(run, run / "last.pt", *words)
     assert (r["layer"], r["t"], r["held_out"], r["raw_pixels"]) == ("token_1", 11, None, None)
+    assert r["amp"] == "bf16"
     text = Path(probe.__file__).read_text()     # idle threads sleep, if it is set in time
     assert text.index('setdefault("GOMP_SPINCOUNT"') < text.index("\nimport torch\n")
 
